@@ -1,0 +1,73 @@
+"""fastinterp: a batch engine for mechanistic interpretability of decoder-only transformers.
+
+    model = fastinterp.load("gpt2")
+    prompts = fastinterp.PromptSet.read("prompts.jsonl")
+    effects = fastinterp.direct_logit_attribution(model, prompts)       # (prompt, layer, head), in logits
+    fastinterp.scan(model, prompts, "run.zarr", analysis="dla,ablation")
+
+Public names are imported when they are first used, so importing the package is quick and has no side effects.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "FastinterpError": "fastinterp.errors",
+    "METRICS": "fastinterp.metrics",
+    "Model": "fastinterp.model.model",
+    "ModelSpec": "fastinterp.model.spec",
+    "PromptSet": "fastinterp.prompts",
+    "TASKS": "fastinterp.prompts",
+    "ablate": "fastinterp.analyses",
+    "describe": "fastinterp.engine",
+    "direct_logit_attribution": "fastinterp.analyses",
+    "load": "fastinterp.load",
+    "logit_lens": "fastinterp.analyses",
+    "open": "fastinterp.engine",
+    "plan": "fastinterp.engine",
+    "scan": "fastinterp.engine",
+    "write_html": "fastinterp.report",
+}
+
+if TYPE_CHECKING:
+    from fastinterp.analyses import ablate, direct_logit_attribution, logit_lens
+    from fastinterp.engine import describe, open, plan, scan
+    from fastinterp.errors import FastinterpError
+    from fastinterp.load import load
+    from fastinterp.metrics import METRICS
+    from fastinterp.model.model import Model
+    from fastinterp.model.spec import ModelSpec
+    from fastinterp.prompts import TASKS, PromptSet
+    from fastinterp.report import write_html
+
+__all__ = [
+    "METRICS",
+    "TASKS",
+    "FastinterpError",
+    "Model",
+    "ModelSpec",
+    "PromptSet",
+    "ablate",
+    "describe",
+    "direct_logit_attribution",
+    "load",
+    "logit_lens",
+    "open",
+    "plan",
+    "scan",
+    "write_html",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastinterp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

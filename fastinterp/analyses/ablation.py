@@ -1,0 +1,143 @@
+"""Ablation of every head, each by itself, in one pass over the layers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from fastinterp.analyses.base import Field, collect, head_coords, tokenized
+from fastinterp.errors import check_choice
+from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
+from fastinterp.model.forward import forward
+from fastinterp.model.model import Model
+from fastinterp.model.norms import normalize
+from fastinterp.model.spec import ModelSpec
+from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
+from fastinterp.sweep import head_variants, run_variants
+
+Units = Literal["heads"]
+Mode = Literal["zero"]
+
+
+def ablate(
+    model: Model,
+    prompts: PromptSet | TokenizedPrompts,
+    units: Units = "heads",
+    mode: Mode = "zero",
+    metric: str = "logit_diff",
+) -> xr.Dataset:
+    """Returns the total effect of ablating every head, each independently of all others, and the clean metric.
+
+    ``effect = metric(run with the head ablated) - metric(clean run)``: negative means that the head helps a metric that
+    is better when larger (for ``loss``: positive means that it helps). Equivalent to this loop in TransformerLens::
+
+        for layer, head in heads:
+            def hook(z, hook): z[:, :, head] = 0.0; return z
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", hook)])
+
+    All variants of a batch go through the model together and share the clean run below their layer.
+
+    Args:
+        units: ``"heads"``: every query head.
+        mode: ``"zero"`` replaces ``z`` of the head by 0 at every position; ``b_O`` stays.
+        metric: ``logit_diff``, ``logit``, ``logprob`` at the prompt's last token, or ``loss`` at every token.
+
+    Returns:
+        ``{metric}_zero`` (prompt, layer, head), or (prompt, pos, layer, head) for ``loss``, and ``{metric}_clean``
+        (prompt) or (prompt, pos).
+
+    Raises:
+        MetricError: prompts without the answers that the metric needs.
+
+    Memory: one residual stream per variant of a batch (at most 1 GiB, else the heads go in groups); no logits.
+    Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
+
+    Example:
+        >>> effect = fastinterp.ablate(model, prompts)["logit_diff_zero"].mean("prompt")       # doctest: +SKIP
+        >>> effect.isel(layer=10, head=7)                                                      # doctest: +SKIP
+    """
+    analysis = Ablation(units=units, mode=mode, metric_name=metric)
+    return collect(analysis, model, tokenized(model, prompts, analysis.metric))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """The analysis behind :func:`ablate`, for one batch."""
+
+    units: Units = "heads"
+    mode: Mode = "zero"
+    metric_name: str = "logit_diff"
+
+    def __post_init__(self) -> None:
+        """Refuses units, modes and metrics that there are not."""
+        check_choice("units", self.units, ("heads",))
+        check_choice("mode", self.mode, ("zero",))
+        get_metric(self.metric_name)
+
+    @property
+    def metric(self) -> Metric:
+        """What the effect is an effect on."""
+        return get_metric(self.metric_name)
+
+    def tokens_per_batch(self, model: Model) -> int:
+        """As many tokens as let all variants' residuals stay within a quarter of a GiB, but enough for a matrix product."""
+        spec = model.spec
+        each = spec.n_layers * spec.n_heads * spec.d_model * model.weights.W_E.element_size()
+        budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
+        return max(256, budget // each)
+
+    def cost(self, spec: ModelSpec, n_tokens: int) -> float:
+        """The clean run, and for a variant of layer ``l`` the MLP of ``l`` and every block above."""
+        matrices = 3 if spec.mlp.kind == "gated" else 2
+        mlp = 2 * matrices * spec.d_model * spec.mlp.d_mlp
+        above = spec.n_layers * (spec.n_layers - 1) // 2
+        blocks = spec.n_heads * above + spec.n_layers
+        return float(n_tokens * (blocks * spec.flops_per_token_block() + spec.n_heads * spec.n_layers * mlp))
+
+    def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
+        """The effects, and the clean metric."""
+        name, per_token = self.metric.name, self.metric.per_token
+        attrs = {"units": self.metric.units, "metric": name, "pos": "all" if per_token else "-1"}
+        pos_dims, pos_shape = (("pos",), (n_pos,)) if per_token else ((), ())
+        clean = Field(
+            name=f"{name}_clean",
+            dims=pos_dims,
+            shape=pos_shape,
+            attrs=attrs | {"long_name": self.metric.long_name, "sign": "the value itself, not an effect"},
+        )
+        effect = Field(
+            name=f"{name}_{self.mode}",
+            dims=(*pos_dims, "layer", "head"),
+            shape=(*pos_shape, spec.n_layers, spec.n_heads),
+            attrs=attrs
+            | {"long_name": f"effect of {self.mode} ablation on {name}", "sign": "ablated - clean"},
+            coords=head_coords(spec),
+        )
+        return clean, effect
+
+    @torch.no_grad()
+    def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Returns ``{metric_clean: [batch, (pos)], metric_zero: [batch, (pos), layer, head]}``."""
+        spec, per_token = model.spec, self.metric.per_token
+        at = None if per_token else batch.last
+        final = forward(spec, model.weights, batch.tokens)
+        clean = self._measure(
+            model, (final if at is None else final[torch.arange(len(batch)), at])[None], batch
+        )[0]
+        variants = head_variants(spec)
+        effects = clean.new_empty(len(variants), *clean.shape)
+        for indices, residuals in run_variants(model, batch.tokens, variants, at=at):
+            effects[indices] = self._measure(model, residuals, batch) - clean
+        effects = effects.movedim(0, -1).unflatten(-1, (spec.n_layers, spec.n_heads))
+        return {f"{self.metric.name}_clean": clean, f"{self.metric.name}_{self.mode}": effects}
+
+    def _measure(self, model: Model, resid: Tensor, batch: Batch) -> Tensor:
+        """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``."""
+        weights = model.weights
+        x = normalize(model.spec.norm, resid, weights.ln_final)
+        if self.metric.per_token:
+            return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens)
+        assert batch.answer is not None
+        return evaluate(self.metric, x, weights.W_U, weights.b_U, batch.answer, batch.wrong)

@@ -1,0 +1,185 @@
+"""What an analysis is: a pure function of one batch, and a description of the arrays it gives.
+
+The same object serves the functions that return xarray (``collect``) and the fields of a scan.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from fastinterp.errors import MetricError, NonFiniteError, OptionError, SiteRangeError
+from fastinterp.metrics import Metric
+from fastinterp.model.model import Model
+from fastinterp.model.spec import ModelSpec
+from fastinterp.names import head_label
+from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
+
+Pos = int | Literal["all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One named array of results: its dims and sizes after ``prompt``, its attributes, labels of its dims.
+
+    ``coords`` maps a coordinate's name to its dims and values. Where ``pos`` is among the dims, positions beyond a
+    prompt's own tokens are NaN.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    coords: Mapping[str, tuple[tuple[str, ...], Sequence[Any]]] = field(default_factory=dict)
+
+
+class Analysis(Protocol):
+    """Something that a scan can compute."""
+
+    @property
+    def metric(self) -> Metric:
+        """What is measured."""
+        ...
+
+    def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
+        """Describes the arrays for prompts of at most ``n_pos`` tokens."""
+        ...
+
+    def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Returns every field's values for the batch, ``[batch, ...]``; ``pos`` axes are as long as the batch's."""
+        ...
+
+    def tokens_per_batch(self, model: Model) -> int:
+        """How many tokens a batch may hold, so that time per token is near its best and memory stays modest."""
+        ...
+
+    def cost(self, spec: ModelSpec, n_tokens: int) -> float:
+        """Floating-point operations that ``n_tokens`` tokens need."""
+        ...
+
+
+def tokenized(model: Model, prompts: PromptSet | TokenizedPrompts, metric: Metric) -> TokenizedPrompts:
+    """Tokenises the prompts if that has not been done, and checks that they have what the metric needs."""
+    result = prompts.tokenize(model) if isinstance(prompts, PromptSet) else prompts
+    if len(result.accepted) == 0:
+        raise MetricError("no prompt is left to analyse: every one was rejected")
+    for column in metric.needs:
+        given = result.answer if column == "answer" else result.wrong
+        if given is None:
+            raise MetricError(
+                f"metric {metric.name!r} needs the column {column!r}, and the prompts have none: give "
+                f"PromptSet.of(prompts=..., {column}=...), or choose another metric ('loss' needs no answer)"
+            )
+        missing = [int(i) for i in result.accepted if not (given[i] >= 0).any()]
+        if missing:
+            raise MetricError(
+                f"metric {metric.name!r} needs a {column!r} for every prompt; it is missing for {len(missing)}, first "
+                f"prompt {missing[0]} (id {result.ids[missing[0]]!r})"
+            )
+    return result
+
+
+def positions(pos: Pos, batch: Batch) -> Tensor | None:
+    """Returns the position of each prompt that ``pos`` means (negatives count from its own end), or None for all."""
+    if pos == "all":
+        return None
+    at = batch.n_tokens + pos if pos < 0 else torch.full_like(batch.n_tokens, pos)
+    outside = (at < 0) | (at >= batch.n_tokens)
+    if bool(outside.any()):
+        first = int(outside.nonzero()[0, 0])
+        raise SiteRangeError(
+            f"pos={pos} is out of range for prompt {int(batch.indices[first])} (id {batch.ids[first]!r}), which has "
+            f"{int(batch.n_tokens[first])} tokens"
+        )
+    return at
+
+
+def check_pos(pos: object) -> None:
+    """Raises :class:`OptionError` unless ``pos`` is an integer or ``"all"``."""
+    if pos != "all" and (isinstance(pos, bool) or not isinstance(pos, int)):
+        raise OptionError(f"pos={pos!r} is not a position: give an integer (-1 is the last token) or 'all'")
+
+
+def head_coords(spec: ModelSpec) -> dict[str, tuple[tuple[str, ...], Sequence[Any]]]:
+    """Coordinates of arrays with dims ``layer`` and ``head``."""
+    labels = [[head_label(layer, head) for head in range(spec.n_heads)] for layer in range(spec.n_layers)]
+    return {
+        "layer": (("layer",), list(range(spec.n_layers))),
+        "head": (("head",), list(range(spec.n_heads))),
+        "head_label": (("layer", "head"), labels),
+    }
+
+
+def mask_padding(values: Tensor, batch: Batch) -> Tensor:
+    """Sets ``[batch, pos, ...]`` to NaN at padding."""
+    mask = batch.mask.view(*batch.mask.shape, *[1] * (values.ndim - 2))
+    return values.masked_fill(~mask, torch.nan)
+
+
+def check_finite(name: str, values: Tensor, batch: Batch) -> None:
+    """Raises :class:`NonFiniteError` if a result is infinite, or NaN where a prompt has a value."""
+    bad = ~torch.isfinite(values)
+    if values.ndim > 1 and values.shape[1] == batch.tokens.shape[1]:
+        bad &= ~torch.isnan(values) | batch.mask.view(*batch.mask.shape, *[1] * (values.ndim - 2))
+    if name.startswith("loss"):
+        # The last token of a prompt has no next token, so no loss.
+        bad &= ~torch.isnan(values)
+    if bool(bad.any()):
+        first = int(bad.flatten(1).any(-1).nonzero()[0, 0]) if bad.ndim > 1 else int(bad.nonzero()[0, 0])
+        raise NonFiniteError(
+            f"{name} is not finite for prompt {int(batch.indices[first])} (id {batch.ids[first]!r}): activations "
+            "overflowed; load the model with dtype=torch.float32"
+        )
+
+
+def provenance(model: Model) -> dict[str, Any]:
+    """Attributes that say which model made a result."""
+    return {
+        "model": model.origin.source,
+        "model_revision": model.origin.revision or "",
+        "processing": model.origin.processing,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def collect(analysis: Analysis, model: Model, prompts: TokenizedPrompts) -> xr.Dataset:
+    """Runs an analysis over all batches and labels the result; rejected prompts are NaN.
+
+    Memory: the result, in RAM. A scan streams the same arrays to disk instead.
+    """
+    fields = analysis.fields(model.spec, prompts.max_len)
+    arrays = {f.name: np.full((len(prompts), *f.shape), np.nan, dtype=np.float32) for f in fields}
+    if model.dtype == torch.float64:
+        arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+    for batch in prompts.batches(analysis.tokens_per_batch(model)):
+        for name, values in compute_checked(analysis, model, batch).items():
+            place(arrays[name], batch.indices, values)
+    coords: dict[str, Any] = {
+        "prompt": np.arange(len(prompts)),
+        "prompt_text": ("prompt", np.array(prompts.texts, dtype=object)),
+        "prompt_id": ("prompt", np.array(prompts.ids, dtype=object)),
+    }
+    for f in fields:
+        coords |= {name: (list(dims), np.array(values)) for name, (dims, values) in f.coords.items()}
+        if "pos" in f.dims:
+            coords["pos"] = np.arange(prompts.max_len)
+    data = {f.name: (("prompt", *f.dims), arrays[f.name], dict(f.attrs)) for f in fields}
+    return xr.Dataset(data, coords=coords, attrs=provenance(model))
+
+
+def compute_checked(analysis: Analysis, model: Model, batch: Batch) -> dict[str, Tensor]:
+    """Computes one batch on the model's device and refuses results that are not finite."""
+    values = analysis.compute(model, batch.to(model.device))
+    for name, array in values.items():
+        check_finite(name, array.cpu(), batch)
+    return values
+
+
+def place(array: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
+    """Writes a batch's values into rows of the whole; axes that are shorter (``pos``) leave NaN behind them."""
+    block = values.detach().cpu().to(torch.float64 if array.dtype == np.float64 else torch.float32).numpy()
+    array[(rows, *(slice(0, size) for size in block.shape[1:]))] = block

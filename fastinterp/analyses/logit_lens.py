@@ -1,0 +1,153 @@
+"""Logit lens: the metric as it would be if the model stopped after each sublayer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from fastinterp.analyses.base import Field, Pos, check_pos, collect, mask_padding, positions, tokenized
+from fastinterp.errors import MetricError, check_choice
+from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
+from fastinterp.model.forward import forward
+from fastinterp.model.intervene import Taps
+from fastinterp.model.model import Model
+from fastinterp.model.norms import apply_affine, center, norm_scale
+from fastinterp.model.spec import ModelSpec
+from fastinterp.names import accumulated_labels
+from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
+
+Scale = Literal["own", "frozen"]
+
+
+def logit_lens(
+    model: Model,
+    prompts: PromptSet | TokenizedPrompts,
+    metric: str = "logit_diff",
+    pos: Pos = -1,
+    scale: Scale = "own",
+) -> xr.DataArray:
+    """Returns the metric read off the residual stream before, in the middle of and after every block.
+
+    Equivalent to ``unembed(ln_final(resid))`` for every entry of TransformerLens's ``accumulated_resid(incl_mid=True)``,
+    labelled ``0_pre, 0_mid, 1_pre, ..., final_post``; the last entry is the metric itself.
+
+    Args:
+        metric: any metric; ``"loss"`` gives a value at every position that has a next token, whatever ``pos`` is.
+        pos: position (negatives count from the prompt's own end) or ``"all"``, which adds a dim ``pos`` after prompt.
+        scale: ``"own"`` normalises every residual by its own scale, as the model would; ``"frozen"`` by the final scale
+            of the clean run, as ``apply_ln_to_stack`` does, so that differences of neighbours are direct effects.
+
+    Returns:
+        Dims (prompt, site), in the metric's units.
+
+    Raises:
+        MetricError: prompts without the answers that the metric needs.
+        SiteRangeError: ``pos`` outside of a prompt.
+
+    Memory: the residuals at ``pos``; vocabulary tiles instead of ``[.., d_vocab]``.
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+
+    Example:
+        >>> fastinterp.logit_lens(model, prompts).sel(site="final_post")        # doctest: +SKIP
+    """
+    analysis = LogitLens(metric_name=metric, pos=pos, scale=scale)
+    data = collect(analysis, model, tokenized(model, prompts, analysis.metric))
+    array = data[analysis.field_name]
+    array.attrs = data.attrs | array.attrs
+    return array
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitLens:
+    """The analysis behind :func:`logit_lens`, for one batch."""
+
+    metric_name: str = "logit_diff"
+    pos: Pos = -1
+    scale: Scale = "own"
+
+    def __post_init__(self) -> None:
+        """Refuses metrics and scales that there are not."""
+        check_choice("scale", self.scale, ("own", "frozen"))
+        check_pos(self.pos)
+        if self.metric.per_token and self.pos not in (-1, "all"):
+            raise MetricError(
+                f"metric {self.metric_name!r} has a value at every position: leave out pos={self.pos}"
+            )
+
+    @property
+    def metric(self) -> Metric:
+        """What is read off."""
+        return get_metric(self.metric_name)
+
+    @property
+    def field_name(self) -> str:
+        """Name of the result, such as ``logit_diff_lens``."""
+        return f"{self.metric_name}_lens"
+
+    @property
+    def _every_position(self) -> bool:
+        return self.metric.per_token or self.pos == "all"
+
+    def tokens_per_batch(self, model: Model) -> int:
+        """Residuals of all layers are kept where every position is wanted."""
+        return 2048 if model.device.type == "cpu" else 1 << 15
+
+    def cost(self, spec: ModelSpec, n_tokens: int) -> float:
+        """One forward, and the vocabulary once per site where a probability is wanted."""
+        vocabulary = 0 if self.metric.linear else 2 * spec.d_model * spec.d_vocab * (2 * spec.n_layers + 1)
+        return float(n_tokens * (spec.n_layers * spec.flops_per_token_block() + vocabulary))
+
+    def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
+        """One array with dims (pos,) site."""
+        labels = accumulated_labels(spec.n_layers)
+        dims, shape = ("site",), (len(labels),)
+        if self._every_position:
+            dims, shape = ("pos", "site"), (n_pos, len(labels))
+        attrs = {
+            "units": self.metric.units,
+            "long_name": f"{self.metric.long_name}, read off the residual stream",
+            "metric": self.metric.name,
+            "sign": "the value itself, not an effect",
+            "pos": "all" if self._every_position else str(self.pos),
+            "final_norm_scale": self.scale,
+        }
+        return (
+            Field(
+                name=self.field_name,
+                dims=dims,
+                shape=shape,
+                attrs=attrs,
+                coords={"site": (("site",), labels)},
+            ),
+        )
+
+    @torch.no_grad()
+    def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Returns ``{name: [batch, (pos), site]}``."""
+        spec, weights = model.spec, model.weights
+        at = None if self._every_position else positions(self.pos, batch)
+        taps = Taps.of(spec.n_layers, capture=["resid_pre", "resid_mid"], at=at)
+        final = forward(spec, weights, batch.tokens, taps=taps)
+        if at is not None:
+            final = final[torch.arange(len(batch)), at]
+        final_scale = norm_scale(spec.norm, final)
+        sites = [
+            taps.values[name, layer] for layer in range(spec.n_layers) for name in ("resid_pre", "resid_mid")
+        ]
+        columns = []
+        for resid in [*sites, final]:
+            divisor = final_scale if self.scale == "frozen" else norm_scale(spec.norm, resid)
+            x = apply_affine(center(spec.norm, resid) / divisor, weights.ln_final)
+            if self.metric.per_token:
+                columns.append(
+                    evaluate_loss(x[None], weights.W_U, weights.b_U, batch.tokens, batch.n_tokens).squeeze(0)
+                )
+                continue
+            assert batch.answer is not None
+            rows = x[None] if at is not None else x.transpose(0, 1)
+            value = evaluate(self.metric, rows, weights.W_U, weights.b_U, batch.answer, batch.wrong)
+            columns.append(value.squeeze(0) if at is not None else value.transpose(0, 1))
+        values = torch.stack(columns, dim=-1)
+        return {self.field_name: mask_padding(values, batch) if self._every_position else values}

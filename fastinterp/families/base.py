@@ -1,0 +1,41 @@
+"""What a family file consists of: data that ``build_weights`` reads, and one function from config to spec."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastinterp.families.config import Config
+from fastinterp.model.spec import ModelSpec
+
+Layout = Literal["as_is", "transposed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Checkpoint keys whose tensors, joined along the output axis, make one stored parameter.
+
+    ``layout`` of a matrix: ``transposed`` for ``nn.Linear`` (``[out, in]``), ``as_is`` for ``[in, out]``.
+    A key ending in ``?`` may be missing (a bias that some members of the family do not have).
+    """
+
+    keys: tuple[str, ...]
+    layout: Layout = "as_is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One line of models: the ``model_type`` values it reads and where each parameter lies in a checkpoint.
+
+    ``model`` and ``block`` map stored parameters (``W_E``, ``ln1.w``, ``W_QKV``, ...) to their source; block keys hold
+    ``{layer}``. ``ignored`` are regular expressions of buffers that carry no parameter. ``prefix`` is what a checkpoint
+    with a language-model head puts in front of the body's keys, and bare checkpoints leave out.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    to_spec: Callable[[Config], ModelSpec]
+    model: Mapping[str, Source]
+    block: Mapping[str, Source]
+    prefix: str
+    ignored: tuple[str, ...] = ()
+    tied_unembed: str = field(default="W_E")

@@ -1,0 +1,112 @@
+"""Turns a checkpoint into ``Weights`` by a family's table; every key of the checkpoint must find its place."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastinterp.errors import CheckpointKeyError, nearest
+from fastinterp.families.base import Family, Source
+from fastinterp.model.spec import ModelSpec
+from fastinterp.model.weights import BlockWeights, NormWeights, Weights, check_shapes
+
+NORMS = ("ln1", "ln2", "ln_final")
+
+
+def build_weights(
+    family: Family,
+    spec: ModelSpec,
+    checkpoint: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Weights:
+    """Returns the weights in ``dtype`` on ``device``.
+
+    Raises :class:`CheckpointKeyError` for keys that the table does not know, for keys that it needs and the checkpoint
+    lacks, and for wrong shapes. Nothing is dropped silently.
+    """
+    reader = _Reader(family, checkpoint, dtype=dtype, device=device)
+    try:
+        top = {name: reader.take(source) for name, source in family.model.items()}
+        blocks = []
+        for layer in range(spec.n_layers):
+            part = {name: reader.take(source, layer) for name, source in family.block.items()}
+            W_O = part.pop("W_O")
+            assert W_O is not None
+            if W_O.shape[0] != spec.n_heads * spec.d_head:
+                raise CheckpointKeyError(
+                    f"the attention output matrix of layer {layer} has {W_O.shape[0]} inputs, the config asks for "
+                    f"{spec.n_heads} heads x {spec.d_head}"
+                )
+            W_O = W_O.view(spec.n_heads, spec.d_head, -1)
+            blocks.append(BlockWeights(W_O=W_O, **_grouped(part)))  # type: ignore[arg-type]
+    finally:
+        reader.release()
+    reader.refuse_unread()
+    if top.get("W_U") is None:
+        W_E = top[family.tied_unembed]
+        assert W_E is not None
+        top["W_U"] = W_E.t().contiguous()
+    weights = Weights(blocks=tuple(blocks), **({"W_pos": None, "b_U": None} | _grouped(top)))  # type: ignore[arg-type]
+    check_shapes(spec, weights)
+    weights.check_finite()
+    return weights
+
+
+class _Reader:
+    """Takes tensors out of a checkpoint and remembers which."""
+
+    def __init__(
+        self,
+        family: Family,
+        checkpoint: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.family, self.checkpoint, self.dtype, self.device = family, checkpoint, dtype, device
+        # A bare checkpoint leaves out the prefix of the body; heads (lm_head) never have it.
+        self.keys = {key.removeprefix(family.prefix): key for key in checkpoint}
+        self.unread = set(self.keys)
+
+    def take(self, source: Source, layer: int | None = None) -> Tensor | None:
+        parts = []
+        for template in source.keys:
+            key = template.removesuffix("?").format(layer=layer)
+            if key in self.keys:
+                tensor = self.checkpoint[self.keys[key]].detach().to(device=self.device, dtype=self.dtype)
+                parts.append(tensor.t() if source.layout == "transposed" else tensor)
+                self.unread.discard(key)
+            elif not template.endswith("?"):
+                raise CheckpointKeyError(f"the checkpoint lacks {key!r}{nearest(key, self.unread)}")
+        if not parts:
+            return None
+        if len(parts) != len(source.keys):
+            raise CheckpointKeyError(
+                f"the checkpoint has only some of {', '.join(source.keys)} (layer {layer})"
+            )
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0].contiguous().clone()
+
+    def release(self) -> None:
+        """Drops the checkpoint, so that its memory can go."""
+        self.checkpoint = {}
+
+    def refuse_unread(self) -> None:
+        ignored = [re.compile(pattern) for pattern in self.family.ignored]
+        unknown = sorted(key for key in self.unread if not any(pattern.fullmatch(key) for pattern in ignored))
+        if unknown:
+            raise CheckpointKeyError(
+                f"the checkpoint has {len(unknown)} keys that the {self.family.name} family does not know: "
+                + ", ".join(repr(key) for key in unknown[:8])
+            )
+
+
+def _grouped(parts: Mapping[str, Tensor | None]) -> dict[str, Tensor | NormWeights | None]:
+    """Gathers ``ln1.w`` and ``ln1.b`` into one ``ln1``."""
+    grouped: dict[str, Tensor | NormWeights | None] = {k: v for k, v in parts.items() if "." not in k}
+    for norm in NORMS:
+        if f"{norm}.w" in parts:
+            grouped[norm] = NormWeights(w=parts[f"{norm}.w"], b=parts.get(f"{norm}.b"))
+    return grouped

@@ -1,0 +1,84 @@
+"""GGUF files: metadata and tokenizer by ``transformers``, tensors by ``gguf`` (dequantised), names by both."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastinterp.errors import CheckpointKeyError, ModelSourceError, UnknownFamilyError
+from fastinterp.load.hf import assemble
+from fastinterp.model.model import Model, Origin, Processing
+
+
+def load_gguf(
+    path: Path, *, tokenizer: Any | None, device: torch.device, dtype: torch.dtype, processing: Processing
+) -> Model:
+    """Loads a ``.gguf`` file; quantised tensors are expanded to float, so the numbers are those of the file."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    # transformers warns that it expands quantised tensors, which is what is wanted here.
+    quiet = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelSourceError(f"{str(path)!r} cannot be read as a GGUF model: {error}") from error
+    finally:
+        quiet.setLevel(level)
+    return assemble(
+        config,
+        read_tensors(path, config),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        origin=Origin(source=path.name, processing=processing),
+    )
+
+
+def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
+    """Returns the tensors under their Hugging Face names; a tensor without one is an error."""
+    import gguf
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    architecture = next((k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == config.model_type), None)
+    if architecture is None:
+        raise UnknownFamilyError(f"GGUF has no architecture {config.model_type!r}")
+    with torch.device("meta"):
+        keys = AutoModelForCausalLM.from_config(config).state_dict()
+    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = {}
+    for key in keys:
+        stem, _, suffix = key.rpartition(".")
+        name = table.get_name(stem)
+        if name is not None:
+            names[f"{name}.{suffix}"] = key
+    # llama.cpp stores some matrices permuted; the processors of transformers know which.
+    processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())
+    tensors: dict[str, Tensor] = {}
+    for stored in gguf.GGUFReader(path).tensors:
+        result = processor.process(
+            weights=gguf.dequantize(stored.data, stored.tensor_type),
+            name=stored.name,
+            tensor_key_mapping=names,
+            parsed_parameters={"tensors": tensors},
+        )
+        if result.name is None:
+            continue
+        if result.name == "rope_freqs.weight":
+            raise CheckpointKeyError(
+                "the GGUF file rescales its rotary frequencies (tensor 'rope_freqs.weight'), which is not supported: "
+                "load the Hugging Face checkpoint instead"
+            )
+        if result.name not in names:
+            raise CheckpointKeyError(
+                f"the GGUF file has a tensor {stored.name!r} that the model does not know"
+            )
+        tensors[names[result.name]] = torch.from_numpy(np.array(result.weights))
+    return tensors

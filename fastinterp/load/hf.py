@@ -1,0 +1,155 @@
+"""Hugging Face models: an object in memory, a local directory, or a hub name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinterp.errors import CheckpointKeyError, ModelSourceError, UnsupportedConfigError
+from fastinterp.families import Config, build_weights, family_of
+from fastinterp.model.model import Model, Origin, Processing
+from fastinterp.model.process import process_weights
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+OTHER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def load_hf_model(
+    hf_model: Any, *, tokenizer: Any | None, device: torch.device, dtype: torch.dtype, processing: Processing
+) -> Model:
+    """Copies the parameters of a Hugging Face causal language model that is in memory."""
+    if getattr(hf_model, "hf_device_map", None):
+        raise ModelSourceError("the model is spread over devices: load it without device_map")
+    source = getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
+    return assemble(
+        hf_model.config,
+        hf_model.state_dict(),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        origin=Origin(source=source, processing=processing),
+    )
+
+
+def load_directory(
+    path: Path,
+    *,
+    tokenizer: Any | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    processing: Processing,
+    source: str,
+    revision: str | None = None,
+) -> Model:
+    """Loads ``config.json``, the weight files and, if there is one, the tokenizer of a directory."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not (path / "config.json").is_file():
+        found = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
+        raise ModelSourceError(
+            f"{source!r} has no config.json (it has: {', '.join(found) or 'nothing'}): give a directory as "
+            "save_pretrained writes it, or a .gguf file"
+        )
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if tokenizer is None and any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return assemble(
+        config,
+        read_checkpoint(path),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        origin=Origin(source=source, revision=revision, processing=processing),
+    )
+
+
+def load_hub(
+    name: str,
+    *,
+    tokenizer: Any | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    processing: Processing,
+    revision: str | None,
+) -> Model:
+    """Fetches (or finds in the local cache) the files of a hub name and loads their directory."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = [*OTHER_FILES, WEIGHT_FILES[0]]
+        path = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+        if not list(path.glob(WEIGHT_FILES[0])):
+            files = [*OTHER_FILES, WEIGHT_FILES[1]]
+            path = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelSourceError(
+            f"{name!r} is neither a file nor a directory here, and no hub model of this name could be fetched "
+            f"({type(error).__name__}): check the spelling and the network, or give the path of a model"
+        ) from error
+    return load_directory(
+        path,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        processing=processing,
+        source=name,
+        revision=revision or path.name,
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Reads every weight file of a directory: safetensors, else ``.bin`` (tensors only, no code is run)."""
+    import safetensors.torch
+
+    checkpoint: dict[str, Tensor] = {}
+    for pattern in WEIGHT_FILES:
+        for file in sorted(path.glob(pattern)):
+            if file.suffix == ".safetensors":
+                checkpoint |= safetensors.torch.load_file(file)
+            else:
+                checkpoint |= torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint:
+            return checkpoint
+    raise ModelSourceError(f"{str(path)!r} has no weight files ({' or '.join(WEIGHT_FILES)})")
+
+
+def assemble(
+    hf_config: Any,
+    checkpoint: Mapping[str, Tensor],
+    *,
+    tokenizer: Any | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    origin: Origin,
+) -> Model:
+    """Builds the model from a config object and a checkpoint in Hugging Face's names."""
+    values = hf_config.to_dict()
+    quantization = values.get("quantization_config") or {}
+    if quantization and dict(quantization).get("quant_method") != "gguf":
+        raise UnsupportedConfigError(
+            f"config quantization_config={dict(quantization).get('quant_method')!r} is not supported: load the "
+            "unquantised checkpoint, or a .gguf file"
+        )
+    family = family_of(values["model_type"])
+    defaults = type(hf_config)().to_dict()
+    config = Config(values)
+    spec = family.to_spec(config)
+    config.refuse_unread(lambda key, value: defaults.get(key) == value)
+    if not values.get("tie_word_embeddings", True) and "lm_head.weight" not in checkpoint:
+        raise CheckpointKeyError(
+            "the checkpoint lacks 'lm_head.weight', and the config does not tie it to the embedding"
+        )
+    # Folding wants at least float32, whatever the compute dtype.
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        weights = build_weights(family, spec, checkpoint, dtype=exact, device=device)
+        if origin.processing == "transformer_lens":
+            weights = process_weights(spec, weights)
+        weights = weights.to(dtype=dtype)
+        weights.check_finite()
+    return Model(spec=spec, weights=weights, tokenizer=tokenizer, origin=origin)

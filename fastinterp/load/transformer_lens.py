@@ -1,0 +1,120 @@
+"""TransformerLens 4.3 bridges: their parameters as they are now, in compatibility mode or not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinterp.errors import CheckpointKeyError
+from fastinterp.families import Config, family_of
+from fastinterp.model.model import Model, Origin, Processing
+from fastinterp.model.process import process_weights
+from fastinterp.model.spec import ModelSpec
+from fastinterp.model.weights import BlockWeights, NormWeights, Weights, check_shapes
+
+
+def load_bridge(
+    bridge: Any, *, tokenizer: Any | None, device: torch.device, dtype: torch.dtype, processing: Processing
+) -> Model:
+    """Copies the parameters of a bridge.
+
+    In compatibility mode they are processed already, and ``processing="none"`` keeps them so; processing twice changes
+    nothing.
+    """
+    family = family_of(bridge.original_model.config.model_type)
+    spec = family.to_spec(Config(bridge.original_model.config.to_dict()))
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        parameters = {k: v.detach().to(device=device, dtype=exact) for k, v in bridge.tl_parameters().items()}
+        weights = weights_from_transformer_lens(spec, parameters)
+        check_shapes(spec, weights)
+        weights.check_finite()
+        if processing == "transformer_lens":
+            weights = process_weights(spec, weights)
+    processed = getattr(bridge, "compatibility_mode", False)
+    return Model(
+        spec=spec,
+        weights=weights.to(dtype=dtype),
+        tokenizer=bridge.tokenizer if tokenizer is None else tokenizer,
+        origin=Origin(
+            source=str(bridge.cfg.model_name), processing="transformer_lens" if processed else processing
+        ),
+    )
+
+
+def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tensor]) -> Weights:
+    """Builds weights from TransformerLens's parameter names; raises for names that are left over or missing."""
+    rest = dict(parameters)
+    group = spec.attention.group
+
+    def take(name: str) -> Tensor:
+        if name not in rest:
+            raise CheckpointKeyError(f"the bridge lacks the parameter {name!r}")
+        return rest.pop(name)
+
+    def bias(name: str) -> Tensor | None:
+        value = rest.pop(name, None)
+        # A bridge invents zeros for biases that the model does not have.
+        return None if value is None or not bool((value != 0).any()) else value
+
+    def norm(name: str) -> NormWeights:
+        w, b = rest.pop(f"{name}.w", None), rest.pop(f"{name}.b", None)
+        identity = w is None or bool((w == 1).all())
+        zero = b is None or not bool((b != 0).any())
+        return NormWeights(w=None if identity else w, b=None if zero else b)
+
+    def heads(tensor: Tensor, n_heads: int) -> Tensor:
+        # Key and value matrices of grouped-query models come repeated per query head.
+        tensor = tensor[::group] if tensor.shape[0] != n_heads else tensor
+        return tensor.transpose(0, 1).flatten(1) if tensor.ndim == 3 else tensor.flatten()
+
+    def fused_bias(parts: list[tuple[Tensor | None, int]]) -> Tensor | None:
+        if all(part is None for part, _ in parts):
+            return None
+        like = next(part for part, _ in parts if part is not None)
+        return torch.cat([like.new_zeros(size) if part is None else part for part, size in parts])
+
+    blocks = []
+    for layer in range(spec.n_layers):
+        attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
+        attention = spec.attention
+        counts = {"Q": attention.n_heads, "K": attention.n_kv_heads, "V": attention.n_kv_heads}
+        biases = []
+        for letter, count in counts.items():
+            b = bias(f"{attn}.b_{letter}")
+            biases.append((None if b is None else heads(b, count), count * attention.d_head))
+        gated = spec.mlp.kind == "gated"
+        W_gate_in = ([take(f"{mlp}.W_gate")] if gated else []) + [take(f"{mlp}.W_in")]
+        b_gate_in = ([(bias(f"{mlp}.b_gate"), spec.mlp.d_mlp)] if gated else []) + [
+            (bias(f"{mlp}.b_in"), spec.mlp.d_mlp)
+        ]
+        blocks.append(
+            BlockWeights(
+                ln1=norm(f"blocks.{layer}.ln1"),
+                W_QKV=torch.cat(
+                    [heads(take(f"{attn}.W_{letter}"), n) for letter, n in counts.items()], dim=-1
+                ),
+                b_QKV=fused_bias(biases),
+                W_O=take(f"{attn}.W_O").clone(),
+                b_O=bias(f"{attn}.b_O"),
+                ln2=norm(f"blocks.{layer}.ln2"),
+                W_gate_in=torch.cat(W_gate_in, dim=-1),
+                b_gate_in=fused_bias(b_gate_in),
+                W_out=take(f"{mlp}.W_out").clone(),
+                b_out=bias(f"{mlp}.b_out"),
+            )
+        )
+    weights = Weights(
+        W_E=take("embed.W_E").clone(),
+        W_pos=take("pos_embed.W_pos").clone() if spec.position.kind == "learned" else None,
+        blocks=tuple(blocks),
+        ln_final=norm("ln_final"),
+        W_U=take("unembed.W_U").clone(),
+        b_U=bias("unembed.b_U"),
+    )
+    if rest:
+        raise CheckpointKeyError(
+            f"the bridge has parameters that fastinterp does not know: {', '.join(sorted(rest))}"
+        )
+    return weights

@@ -1,0 +1,148 @@
+"""What is measured at the end of the model, computed from the normalised final residual without its logits.
+
+| metric | value | units | needs |
+|---|---|---|---|
+| ``logit`` | logit of the answer (mean over several answers) | logits | answer |
+| ``logit_diff`` | logit of the answer minus logit of the wrong answer (means over several) | logits | answer, wrong |
+| ``logprob`` | log-probability of the answer (of any of several answers) | nats | answer |
+| ``loss`` | minus log-probability of the prompt's own next token, at every position that has one | nats | - |
+
+With ``x`` the normalised final residual, ``logit_diff = x . (W_U[:, answer] - W_U[:, wrong]) + b_U[answer] - b_U[wrong]``:
+``logit`` and ``logit_diff`` are linear in ``x``, which is what direct logit attribution needs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from fastinterp_kernels.linear_logprob import linear_logprob
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastinterp.errors import MetricError, nearest
+
+MetricName = Literal["logit_diff", "logit", "logprob", "loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric's description: which columns of the prompts it needs, and whether it has a value per token."""
+
+    name: MetricName
+    units: Literal["logits", "nats"]
+    long_name: str
+    needs: tuple[Literal["answer", "wrong"], ...]
+    linear: bool
+    per_token: bool = False
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric(
+                name="logit_diff",
+                units="logits",
+                long_name="logit of the answer minus logit of the wrong answer",
+                needs=("answer", "wrong"),
+                linear=True,
+            ),
+            Metric(
+                name="logit", units="logits", long_name="logit of the answer", needs=("answer",), linear=True
+            ),
+            Metric(
+                name="logprob",
+                units="nats",
+                long_name="log-probability of the answer",
+                needs=("answer",),
+                linear=False,
+            ),
+            Metric(
+                name="loss",
+                units="nats",
+                long_name="minus log-probability of the prompt's next token",
+                needs=(),
+                linear=False,
+                per_token=True,
+            ),
+        )
+    }
+)
+
+
+def get_metric(name: str) -> Metric:
+    """Returns the metric called ``name``; raises :class:`MetricError` with the known names."""
+    if name not in METRICS:
+        raise MetricError(
+            f"there is no metric {name!r}: choose from {', '.join(METRICS)}{nearest(name, METRICS)}"
+        )
+    return METRICS[name]
+
+
+def answer_direction(
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    answer: Int[Tensor, "batch k"],
+    wrong: Int[Tensor, "batch k2"] | None,
+) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
+    """Returns ``u`` and ``c`` with ``metric = x . u + c`` for a linear metric; -1 pads several answers."""
+    u, c = _mean_column(W_U, b_U, answer)
+    if wrong is not None:
+        u_wrong, c_wrong = _mean_column(W_U, b_U, wrong)
+        u, c = u - u_wrong, c - c_wrong
+    return u, c
+
+
+def _mean_column(
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    tokens: Int[Tensor, "batch k"],
+) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
+    present = (tokens >= 0).to(W_U.dtype)
+    share = present / present.sum(-1, keepdim=True)
+    columns = W_U[:, tokens.clamp(min=0).flatten()].view(W_U.shape[0], *tokens.shape)
+    u = torch.einsum("dbk,bk->bd", columns, share)
+    c = u.new_zeros(len(tokens)) if b_U is None else (b_U[tokens.clamp(min=0)] * share).sum(-1)
+    return u, c
+
+
+def evaluate(
+    metric: Metric,
+    x: Float[Tensor, "variant batch d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    answer: Int[Tensor, "batch k"],
+    wrong: Int[Tensor, "batch k2"] | None,
+) -> Float[Tensor, "variant batch"]:
+    """Returns a metric that needs an answer, for rows of normalised final residuals.
+
+    Memory: nothing of size ``d_vocab`` per row; ``logprob`` goes through vocabulary tiles.
+    """
+    if metric.linear:
+        u, c = answer_direction(W_U, b_U, answer, wrong if "wrong" in metric.needs else None)
+        return torch.einsum("vbd,bd->vb", x, u) + c
+    rows = x.flatten(0, 1)
+    scored = linear_logprob(rows, W_U, answer.repeat(x.shape[0], 1), b_U)
+    total = torch.logsumexp(scored.target_logit.nan_to_num(nan=-torch.inf), dim=-1) - scored.logsumexp
+    return total.view(x.shape[:2])
+
+
+def evaluate_loss(
+    x: Float[Tensor, "variant batch pos d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    tokens: Int[Tensor, "batch pos"],
+    n_tokens: Int[Tensor, " batch"],
+) -> Float[Tensor, "variant batch pos"]:
+    """Returns the loss at every position: entry ``p`` is for predicting token ``p + 1``; NaN where there is none."""
+    n_pos = tokens.shape[1]
+    positions = torch.arange(n_pos, device=tokens.device)
+    scored = positions[None, :] < (n_tokens - 1)[:, None]
+    loss = x.new_full(x.shape[:3], torch.nan)
+    target = tokens.roll(-1, dims=1)[scored]
+    rows = x[:, scored]
+    result = linear_logprob(rows.flatten(0, 1), W_U, target.repeat(x.shape[0])[:, None], b_U)
+    loss[:, scored] = (result.logsumexp - result.target_logit[:, 0]).view(x.shape[0], -1)
+    return loss

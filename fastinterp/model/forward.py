@@ -1,0 +1,151 @@
+"""THE forward. Everything that fastinterp computes goes through it, or through the block it is made of.
+
+    tokens -> embed -> [norm -> attention -> +] [norm -> MLP -> +] x n_layers -> norm -> unembed -> logits
+
+No family is named here: ``ModelSpec`` decides. ``taps`` reads and replaces activations on the way.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastinterp.model.attention import Frame, affine, attend, attend_from, make_frame, project_qkv
+from fastinterp.model.intervene import NO_TAPS, Taps
+from fastinterp.model.norms import apply_affine, center, norm_scale, normalize
+from fastinterp.model.spec import Activation, ModelSpec
+from fastinterp.model.weights import BlockWeights, NormWeights, Weights
+
+
+def forward(
+    spec: ModelSpec, weights: Weights, tokens: Int[Tensor, "batch pos"], *, taps: Taps = NO_TAPS
+) -> Float[Tensor, "batch pos d_model"]:
+    """Returns the final residual stream, before the last norm (see :func:`final_logits`).
+
+    Sequences are padded on the right with any valid token; nothing real attends to padding. Memory: a few
+    ``[batch, pos, d_mlp]`` tensors plus what the taps keep.
+    """
+    resid = embed(spec, weights, tokens, taps)
+    frame = make_frame(spec, tokens.shape[1], device=resid.device, dtype=resid.dtype)
+    for layer, w in enumerate(weights.blocks):
+        resid = block(spec, w, layer, resid, frame, taps)
+    return resid
+
+
+def embed(
+    spec: ModelSpec, weights: Weights, tokens: Int[Tensor, "batch pos"], taps: Taps = NO_TAPS
+) -> Float[Tensor, "batch pos d_model"]:
+    """Returns the residual stream before the first block; positions count from each sequence's first token."""
+    resid = taps("embed", None, F.embedding(tokens, weights.W_E))
+    if weights.W_pos is not None:
+        pos_embed = weights.W_pos[: tokens.shape[1]].expand_as(resid)
+        resid = resid + taps("pos_embed", None, pos_embed)
+    return resid
+
+
+def block(
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    resid: Float[Tensor, "batch pos d_model"],
+    frame: Frame,
+    taps: Taps = NO_TAPS,
+) -> Float[Tensor, "batch pos d_model"]:
+    """Returns the residual stream after block ``layer``."""
+    resid = taps("resid_pre", layer, resid)
+    x = tapped_norm(spec, "ln1", layer, resid, w.ln1, taps)
+    q, k, v = project_qkv(spec, w, layer, x, frame, taps)
+    z = taps("z", layer, attend(spec, layer, q, k, v, frame, taps))
+    attn_out = taps("attn_out", layer, mix_heads(w, layer, z, taps))
+    resid = taps("resid_mid", layer, resid + attn_out)
+    x = tapped_norm(spec, "ln2", layer, resid, w.ln2, taps)
+    mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, x, taps))
+    return taps("resid_post", layer, resid + mlp_out)
+
+
+def block_at(
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    resid: Float[Tensor, "batch pos d_model"],
+    frame: Frame,
+    pos: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch d_model"]:
+    """Returns the residual after block ``layer`` at one position per sequence.
+
+    In the last block, where only some positions are read, this leaves keys and values as the only work per token.
+    """
+    rows = torch.arange(len(pos), device=pos.device)
+    q, k, v = project_qkv(spec, w, layer, normalize(spec.norm, resid, w.ln1), frame, NO_TAPS)
+    z = attend_from(spec, layer, q[rows, pos], k, v, frame, pos)
+    return mlp_residual(spec, w, layer, resid[rows, pos] + mix_heads(w, layer, z))
+
+
+def mlp_residual(
+    spec: ModelSpec, w: BlockWeights, layer: int, resid_mid: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns ``resid_post`` from ``resid_mid``: the second half of a block."""
+    return resid_mid + mlp(spec, w, layer, normalize(spec.norm, resid_mid, w.ln2))
+
+
+def mix_heads(
+    w: BlockWeights, layer: int, z: Float[Tensor, "*rows head d_head"], taps: Taps = NO_TAPS
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns ``attn_out = sum_h z_h W_O[h] + b_O``; per-head ``result`` only if somebody wants it."""
+    if not taps.wants("result", layer):
+        return affine(z.flatten(-2), w.W_O.flatten(0, 1), w.b_O)
+    result = taps("result", layer, torch.einsum("...he,hed->...hd", z, w.W_O))
+    attn_out = result.sum(-2)
+    return attn_out if w.b_O is None else attn_out + w.b_O
+
+
+def mlp(
+    spec: ModelSpec, w: BlockWeights, layer: int, x: Float[Tensor, "*rows d_model"], taps: Taps = NO_TAPS
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns the MLP's output for a normalised residual."""
+    hidden = affine(x, w.W_gate_in, w.b_gate_in)
+    if spec.mlp.kind == "plain":
+        post = activate(spec.mlp.activation, taps("pre", layer, hidden))
+    else:
+        gate, linear = hidden.chunk(2, dim=-1)
+        gate = activate(spec.mlp.activation, taps("pre", layer, gate))
+        post = gate * taps("pre_linear", layer, linear)
+    return affine(taps("post", layer, post), w.W_out, w.b_out)
+
+
+def activate(activation: Activation, x: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_mlp"]:
+    """The MLP's nonlinearity."""
+    match activation:
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu_quick":
+            return x * torch.sigmoid(1.702 * x)
+        case "relu":
+            return F.relu(x)
+        case "silu":
+            return F.silu(x)
+
+
+def tapped_norm(
+    spec: ModelSpec,
+    name: str,
+    layer: int | None,
+    resid: Float[Tensor, "*rows d_model"],
+    weights: NormWeights,
+    taps: Taps,
+) -> Float[Tensor, "*rows d_model"]:
+    """Normalises the residual; its scale and its normalised value (before the affine part) can be tapped."""
+    if not (taps.wants(f"{name}_scale", layer) or taps.wants(f"{name}_normalized", layer)):
+        return normalize(spec.norm, resid, weights)
+    scale = taps(f"{name}_scale", layer, norm_scale(spec.norm, resid))
+    return apply_affine(taps(f"{name}_normalized", layer, center(spec.norm, resid) / scale), weights)
+
+
+def final_logits(
+    spec: ModelSpec, weights: Weights, resid: Float[Tensor, "*rows d_model"], *, taps: Taps = NO_TAPS
+) -> Float[Tensor, "*rows d_vocab"]:
+    """Returns the logits of a final residual. Memory: ``d_vocab`` per row; metrics and analyses do without it."""
+    x = tapped_norm(spec, "ln_final", None, resid, weights.ln_final, taps)
+    return affine(x, weights.W_U, weights.b_U)

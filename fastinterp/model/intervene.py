@@ -1,0 +1,142 @@
+"""What may be read and what may be replaced on the way through the forward.
+
+``forward`` asks its taps at every activation. A tap that nobody asked for costs one dictionary look-up per layer, and
+activations that the fast path does not form (``pattern``, ``attn_scores``, ``result``) are formed only when wanted.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastinterp.errors import OptionError
+from fastinterp.names import activation, check_index
+
+Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Replaces one activation: ``site`` of ``layer``, of one ``head`` or of all, at some ``positions`` or at all.
+
+    ``replacement`` broadcasts against the replaced part: ``0.0`` for zero ablation, a mean, or another run's values.
+    ``head`` indexes the axis called ``head`` or ``kv_head`` of the site.
+    """
+
+    site: str
+    layer: int
+    head: int | None = None
+    positions: Bool[Tensor, "batch pos"] | None = None
+    replacement: Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses sites that do not exist and heads of sites without heads."""
+        dims = activation(self.site).dims
+        if self.head is not None and not {"head", "kv_head"} & set(dims):
+            raise OptionError(f"site {self.site!r} has no head axis (its dims are {dims}): leave head=None")
+        if self.positions is not None and "pos" not in dims:
+            raise OptionError(
+                f"site {self.site!r} has no pos axis (its dims are {dims}): leave positions=None"
+            )
+
+    def at(self, pos: Int[Tensor, " batch"] | None) -> "Edit":
+        """Returns the edit as it acts on values that were kept at one position per sequence (their ``pos`` has size 1)."""
+        if pos is None:
+            return self
+        rows = torch.arange(len(pos), device=pos.device)
+        positions = None if self.positions is None else self.positions[rows, pos][:, None]
+        replacement = self.replacement
+        dims = activation(self.site).dims
+        axes = len(dims) - (0 if self.head is None else 1)
+        if isinstance(replacement, Tensor) and replacement.ndim == axes and replacement.shape[1] > 1:
+            replacement = replacement.expand(len(pos), *replacement.shape[1:])[rows, pos][:, None]
+        return dataclasses.replace(self, positions=positions, replacement=replacement)
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Returns ``value`` with the edit made, leaving the original alone."""
+        dims = activation(self.site).dims
+        value = value.clone()
+        part = value
+        if self.head is not None:
+            axis = dims.index("head") if "head" in dims else dims.index("kv_head")
+            head = check_index("head", self.head, value.shape[axis])
+            part = value.select(axis, head)
+        if self.positions is None:
+            part.copy_(
+                torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device).expand_as(part)
+            )
+        else:
+            mask = self.positions.view(*self.positions.shape, *[1] * (part.ndim - 2))
+            replacement = torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device)
+            part.copy_(torch.where(mask, replacement, part))
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """Asks for activations by name, at all layers or at some (negative layers count from the end)."""
+
+    name: str
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class Taps:
+    """Reads and replaces activations during one forward.
+
+    ``values[name, layer]`` holds what was captured (``layer`` is ``None`` for activations outside of the blocks), after
+    the edits of that site. Edits of one site are made in the order given. With ``at`` (one position per sequence) only
+    that position is kept, of activations that have a ``pos`` axis.
+    """
+
+    wanted: frozenset[Key] = frozenset()
+    edits: dict[Key, list[Edit]] = field(default_factory=dict)
+    values: dict[Key, Tensor] = field(default_factory=dict)
+    at: Int[Tensor, " batch"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        n_layers: int,
+        *,
+        capture: Iterable[Capture | str] = (),
+        edits: Iterable[Edit] = (),
+        at: Int[Tensor, " batch"] | None = None,
+    ) -> "Taps":
+        """Builds taps, checking every name and layer against the model."""
+        wanted: set[Key] = set()
+        for item in capture:
+            request = Capture(name=item) if isinstance(item, str) else item
+            if not activation(request.name).per_layer:
+                wanted.add((request.name, None))
+                continue
+            layers = range(n_layers) if request.layers is None else request.layers
+            wanted |= {(request.name, check_index("layer", layer, n_layers)) for layer in layers}
+        by_site: dict[Key, list[Edit]] = {}
+        for edit in edits:
+            layer = check_index("layer", edit.layer, n_layers) if activation(edit.site).per_layer else None
+            by_site.setdefault((edit.site, layer), []).append(edit)
+        return cls(wanted=frozenset(wanted), edits=by_site, at=at)
+
+    def wants(self, name: str, layer: int | None) -> bool:
+        """Whether this activation is read or replaced."""
+        return (name, layer) in self.wanted or (name, layer) in self.edits
+
+    def __call__(self, name: str, layer: int | None, value: Tensor) -> Tensor:
+        """Makes the edits of this site, keeps the value if it was asked for, and returns it."""
+        for edit in self.edits.get((name, layer), ()):
+            value = edit.apply(value)
+        if (name, layer) in self.wanted:
+            keep = self.at is not None and "pos" in activation(name).dims
+            self.values[name, layer] = value[torch.arange(len(value)), self.at] if keep else value
+        return value
+
+    def stacked(self, name: str, n_layers: int) -> Float[Tensor, "layer ..."]:
+        """Returns a captured activation of all layers as one tensor."""
+        return torch.stack([self.values[name, layer] for layer in range(n_layers)])
+
+
+NO_TAPS = Taps()

@@ -1,0 +1,40 @@
+"""Layer norm and RMS norm, with the scale that direct effects are frozen at."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastinterp.model.spec import Norm
+from fastinterp.model.weights import NormWeights
+
+
+def norm_scale(norm: Norm, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+    """Returns what the (centred) residual is divided by: ``sqrt(mean(x^2) + eps)``, TransformerLens's ``hook_scale``."""
+    if norm.kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return (mean_square + norm.eps).sqrt()
+
+
+def center(norm: Norm, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """Subtracts the mean over ``d_model`` where the norm does (layer norm); linear, so it may act on components."""
+    return x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
+
+
+def apply_affine(x: Float[Tensor, "*rows d_model"], weights: NormWeights) -> Float[Tensor, "*rows d_model"]:
+    """Applies the norm's own weight and bias where they have not been folded into the next matrix."""
+    if weights.w is not None:
+        x = x * weights.w
+    if weights.b is not None:
+        x = x + weights.b
+    return x
+
+
+def normalize(
+    norm: Norm, x: Float[Tensor, "*rows d_model"], weights: NormWeights
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns the norm of ``x``: in front of a sublayer, or of the unembedding."""
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weights.w, weights.b, norm.eps)
+    return apply_affine(x / norm_scale(norm, x), weights)
