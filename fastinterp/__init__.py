@@ -33,7 +33,8 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from fastinterp.analyses import ablate, direct_logit_attribution, logit_lens
-    from fastinterp.engine import describe, open, plan, scan
+    from fastinterp.engine import describe, open, scan
+    from fastinterp.engine.plan import plan
     from fastinterp.errors import FastinterpError
     from fastinterp.load import load
     from fastinterp.metrics import METRICS

@@ -7,7 +7,8 @@
 | ``logprob`` | log-probability of the answer (of any of several answers) | nats | answer |
 | ``loss`` | minus log-probability of the prompt's own next token, at every position that has one | nats | - |
 
-With ``x`` the normalised final residual, ``logit_diff = x . (W_U[:, answer] - W_U[:, wrong]) + b_U[answer] - b_U[wrong]``:
+With ``x`` the normalised final residual,
+``logit_diff = x . (W_U[:, answer] - W_U[:, wrong]) + b_U[answer] - b_U[wrong]``:
 ``logit`` and ``logit_diff`` are linear in ``x``, which is what direct logit attribution needs.
 """
 
@@ -17,11 +18,11 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
-from fastinterp_kernels.linear_logprob import linear_logprob
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.errors import MetricError, nearest
+from fastinterp_kernels.linear_logprob import linear_logprob
 
 MetricName = Literal["logit_diff", "logit", "logprob", "loss"]
 
@@ -49,9 +50,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 needs=("answer", "wrong"),
                 linear=True,
             ),
-            Metric(
-                name="logit", units="logits", long_name="logit of the answer", needs=("answer",), linear=True
-            ),
+            Metric(name="logit", units="logits", long_name="logit of the answer", needs=("answer",), linear=True),
             Metric(
                 name="logprob",
                 units="nats",
@@ -75,9 +74,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 def get_metric(name: str) -> Metric:
     """Returns the metric called ``name``; raises :class:`MetricError` with the known names."""
     if name not in METRICS:
-        raise MetricError(
-            f"there is no metric {name!r}: choose from {', '.join(METRICS)}{nearest(name, METRICS)}"
-        )
+        raise MetricError(f"there is no metric {name!r}: choose from {', '.join(METRICS)}{nearest(name, METRICS)}")
     return METRICS[name]
 
 

@@ -49,9 +49,7 @@ ACTIVATIONS: dict[str, Activation] = {
         _block("post", ("batch", "pos", "d_mlp"), "mlp.hook_post"),
         _block("mlp_out", RESID, "hook_mlp_out"),
         _block("resid_post", RESID, "hook_resid_post"),
-        Activation(
-            name="ln_final_scale", dims=("batch", "pos", "one"), hook="ln_final.hook_scale", per_layer=False
-        ),
+        Activation(name="ln_final_scale", dims=("batch", "pos", "one"), hook="ln_final.hook_scale", per_layer=False),
         Activation(name="ln_final_normalized", dims=RESID, hook="ln_final.hook_normalized", per_layer=False),
     )
 }

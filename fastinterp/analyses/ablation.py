@@ -82,7 +82,7 @@ class Ablation:
         return get_metric(self.metric_name)
 
     def tokens_per_batch(self, model: Model) -> int:
-        """As many tokens as let all variants' residuals stay within a quarter of a GiB, but enough for a matrix product."""
+        """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product."""
         spec = model.spec
         each = spec.n_layers * spec.n_heads * spec.d_model * model.weights.W_E.element_size()
         budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
@@ -111,8 +111,7 @@ class Ablation:
             name=f"{name}_{self.mode}",
             dims=(*pos_dims, "layer", "head"),
             shape=(*pos_shape, spec.n_layers, spec.n_heads),
-            attrs=attrs
-            | {"long_name": f"effect of {self.mode} ablation on {name}", "sign": "ablated - clean"},
+            attrs=attrs | {"long_name": f"effect of {self.mode} ablation on {name}", "sign": "ablated - clean"},
             coords=head_coords(spec),
         )
         return clean, effect
@@ -123,9 +122,7 @@ class Ablation:
         spec, per_token = model.spec, self.metric.per_token
         at = None if per_token else batch.last
         final = forward(spec, model.weights, batch.tokens)
-        clean = self._measure(
-            model, (final if at is None else final[torch.arange(len(batch)), at])[None], batch
-        )[0]
+        clean = self._measure(model, (final if at is None else final[torch.arange(len(batch)), at])[None], batch)[0]
         variants = head_variants(spec)
         effects = clean.new_empty(len(variants), *clean.shape)
         for indices, residuals in run_variants(model, batch.tokens, variants, at=at):

@@ -64,7 +64,7 @@ class Analysis(Protocol):
 
 def tokenized(model: Model, prompts: PromptSet | TokenizedPrompts, metric: Metric) -> TokenizedPrompts:
     """Tokenises the prompts if that has not been done, and checks that they have what the metric needs."""
-    result = prompts.tokenize(model) if isinstance(prompts, PromptSet) else prompts
+    result = prompts.tokenize(model, require=metric.needs) if isinstance(prompts, PromptSet) else prompts
     if len(result.accepted) == 0:
         raise MetricError("no prompt is left to analyse: every one was rejected")
     for column in metric.needs:
@@ -182,4 +182,5 @@ def compute_checked(analysis: Analysis, model: Model, batch: Batch) -> dict[str,
 def place(array: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
     """Writes a batch's values into rows of the whole; axes that are shorter (``pos``) leave NaN behind them."""
     block = values.detach().cpu().to(torch.float64 if array.dtype == np.float64 else torch.float32).numpy()
-    array[(rows, *(slice(0, size) for size in block.shape[1:]))] = block
+    index: tuple[Any, ...] = (rows, *(slice(0, size) for size in block.shape[1:]))
+    array[index] = block

@@ -54,13 +54,13 @@ def direct_logit_attribution(
 ) -> xr.DataArray:
     """Returns the direct contribution of every head, layer, component or neuron to a logit or logit difference.
 
-    With ``u`` the answer's direction (``W_U[:, answer] - W_U[:, wrong]``), ``s`` the final norm's scale of the clean run
+    With ``u`` the answer's direction (``W_U[:, answer] - W_U[:, wrong]``), ``s`` the clean run's final norm scale
     (frozen) and ``c`` what a component writes to the residual stream, the contribution is ``(c / s) . u``: positive
     raises the answer. For heads, ``c = z_h W_O[h]``, evaluated as ``(z_h / s) . (W_O[h] u)``. Equivalent to
     TransformerLens's ``stack_head_results`` + ``apply_ln_to_stack`` + product with ``u``, without ``result``.
 
     Args:
-        unit: ``"head"`` gives dims (prompt, layer, head) and leaves out ``b_O``. ``"layer"`` (prompt, layer) is the whole
+        unit: ``"head"`` gives dims (prompt, layer, head), without ``b_O``. ``"layer"`` (prompt, layer) is the whole
             block, ``attn_out + mlp_out`` with biases; TransformerLens's tool of this name gives the accumulated
             residual instead, which is :func:`logit_lens` here. ``"component"`` (prompt, site) has ``embed``,
             ``pos_embed``, every ``attn_out`` and ``mlp_out`` and ``bias`` (of final norm and unembedding), and sums
@@ -81,7 +81,8 @@ def direct_logit_attribution(
 
     Example:
         >>> prompts = fastinterp.PromptSet.of(                                              # doctest: +SKIP
-        ...     prompts=["When John and Mary went to the shops, John gave the bag to"], answer=[" Mary"], wrong=[" John"])
+        ...     prompts=["When John and Mary went to the shops, John gave the bag to"],
+        ...     answer=[" Mary"], wrong=[" John"])
         >>> fastinterp.direct_logit_attribution(model, prompts).mean("prompt")              # doctest: +SKIP
     """
     analysis = DirectLogitAttribution(unit=unit, pos=pos, metric_name=metric)
@@ -125,6 +126,8 @@ class DirectLogitAttribution:
     def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
         """One array; see :func:`direct_logit_attribution` for its dims."""
         layers = list(range(spec.n_layers))
+        dims: tuple[str, ...]
+        shape: tuple[int, ...]
         coords: dict[str, Any]
         match self.unit:
             case "head":

@@ -30,8 +30,9 @@ def logit_lens(
 ) -> xr.DataArray:
     """Returns the metric read off the residual stream before, in the middle of and after every block.
 
-    Equivalent to ``unembed(ln_final(resid))`` for every entry of TransformerLens's ``accumulated_resid(incl_mid=True)``,
-    labelled ``0_pre, 0_mid, 1_pre, ..., final_post``; the last entry is the metric itself.
+    Equivalent to ``unembed(ln_final(resid))`` for every entry of TransformerLens's
+    ``accumulated_resid(incl_mid=True)``, labelled ``0_pre, 0_mid, 1_pre, ..., final_post``; the last entry is the
+    metric itself.
 
     Args:
         metric: any metric; ``"loss"`` gives a value at every position that has a next token, whatever ``pos`` is.
@@ -72,9 +73,7 @@ class LogitLens:
         check_choice("scale", self.scale, ("own", "frozen"))
         check_pos(self.pos)
         if self.metric.per_token and self.pos not in (-1, "all"):
-            raise MetricError(
-                f"metric {self.metric_name!r} has a value at every position: leave out pos={self.pos}"
-            )
+            raise MetricError(f"metric {self.metric_name!r} has a value at every position: leave out pos={self.pos}")
 
     @property
     def metric(self) -> Metric:
@@ -102,9 +101,8 @@ class LogitLens:
     def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
         """One array with dims (pos,) site."""
         labels = accumulated_labels(spec.n_layers)
-        dims, shape = ("site",), (len(labels),)
-        if self._every_position:
-            dims, shape = ("pos", "site"), (n_pos, len(labels))
+        dims: tuple[str, ...] = ("pos", "site") if self._every_position else ("site",)
+        shape: tuple[int, ...] = (n_pos, len(labels)) if self._every_position else (len(labels),)
         attrs = {
             "units": self.metric.units,
             "long_name": f"{self.metric.long_name}, read off the residual stream",
@@ -133,9 +131,7 @@ class LogitLens:
         if at is not None:
             final = final[torch.arange(len(batch)), at]
         final_scale = norm_scale(spec.norm, final)
-        sites = [
-            taps.values[name, layer] for layer in range(spec.n_layers) for name in ("resid_pre", "resid_mid")
-        ]
+        sites = [taps.values[name, layer] for layer in range(spec.n_layers) for name in ("resid_pre", "resid_mid")]
         columns = []
         for resid in [*sites, final]:
             divisor = final_scale if self.scale == "frozen" else norm_scale(spec.norm, resid)

@@ -7,13 +7,51 @@ from fastinterp.errors import UnsupportedConfigError
 
 # Keys of any Hugging Face config that do not change what the forward computes.
 HARMLESS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
-    bos_token_id chunk_size_feed_forward decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task id2label
-    initializer_range is_decoder is_encoder_decoder label2id mlp_dropout model_type n_ctx output_attentions
-    output_hidden_states pad_token_id prefix problem_type pretraining_tp quantization_config resid_pdrop return_dict
-    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params tokenizer_class torch_dtype transformers_version transformers_weights unk_token_id use_cache
-    tie_word_embeddings experts_implementation use_bidirectional_attention_mask""".split()
+    {
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "experts_implementation",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "mlp_dropout",
+        "model_type",
+        "n_ctx",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "resid_pdrop",
+        "return_dict",
+        "sep_token_id",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "transformers_weights",
+        "unk_token_id",
+        "use_bidirectional_attention_mask",
+        "use_cache",
+    }
 )
 
 
@@ -53,7 +91,8 @@ class Config:
     def refuse_unread(self, is_default: Callable[[str, Any], bool]) -> None:
         """Raises for the first key that nobody read and that is not harmless, null, or at the library's default."""
         for key, value in self._values.items():
-            if key in self._used or key in HARMLESS or value is None or is_default(key, value):
+            # Keys that begin with an underscore are bookkeeping of the library.
+            if key.startswith("_") or key in self._used or key in HARMLESS or value is None or is_default(key, value):
                 continue
             raise UnsupportedConfigError(
                 f"config {key}={value!r} is not supported (fastinterp does not know what it changes)"

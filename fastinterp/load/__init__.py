@@ -31,7 +31,7 @@ def load(
             taken from the source.
         device: where to compute; ``None`` is the first CUDA device if there is one, else the CPU.
         dtype: compute dtype; float32 is exact, the others are asked for by name.
-        processing: ``"transformer_lens"`` folds norms, centres writing weights and unembedding and folds value biases as
+        processing: ``"transformer_lens"`` folds norms, centres writing weights and unembedding, folds value biases, as
             TransformerLens's compatibility mode does (logits shift by a constant per token); ``"none"`` keeps the
             checkpoint's own weights and logits.
         revision: git revision of a hub name.
@@ -60,15 +60,11 @@ def load(
     if type(source).__name__ == "TransformerBridge":
         from fastinterp.load import transformer_lens as module
 
-        return module.load_bridge(
-            source, tokenizer=tokenizer, device=target, dtype=dtype, processing=processing
-        )
+        return module.load_bridge(source, tokenizer=tokenizer, device=target, dtype=dtype, processing=processing)
     if isinstance(source, torch.nn.Module) and hasattr(source, "config"):
         from fastinterp.load import hf
 
-        return hf.load_hf_model(
-            source, tokenizer=tokenizer, device=target, dtype=dtype, processing=processing
-        )
+        return hf.load_hf_model(source, tokenizer=tokenizer, device=target, dtype=dtype, processing=processing)
     raise ModelSourceError(
         f"cannot load a model from {type(source).__name__}: give a hub name, a directory, a .gguf file, a Hugging Face "
         "causal language model, or a TransformerLens bridge"

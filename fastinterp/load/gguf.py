@@ -77,8 +77,6 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
                 "load the Hugging Face checkpoint instead"
             )
         if result.name not in names:
-            raise CheckpointKeyError(
-                f"the GGUF file has a tensor {stored.name!r} that the model does not know"
-            )
+            raise CheckpointKeyError(f"the GGUF file has a tensor {stored.name!r} that the model does not know")
         tensors[names[result.name]] = torch.from_numpy(np.array(result.weights))
     return tensors

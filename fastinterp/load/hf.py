@@ -53,9 +53,7 @@ def load_directory(
             "save_pretrained writes it, or a .gguf file"
         )
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if tokenizer is None and any(
-        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
+    if tokenizer is None and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return assemble(
         config,

@@ -37,9 +37,7 @@ def load_bridge(
         spec=spec,
         weights=weights.to(dtype=dtype),
         tokenizer=bridge.tokenizer if tokenizer is None else tokenizer,
-        origin=Origin(
-            source=str(bridge.cfg.model_name), processing="transformer_lens" if processed else processing
-        ),
+        origin=Origin(source=str(bridge.cfg.model_name), processing="transformer_lens" if processed else processing),
     )
 
 
@@ -92,9 +90,7 @@ def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tens
         blocks.append(
             BlockWeights(
                 ln1=norm(f"blocks.{layer}.ln1"),
-                W_QKV=torch.cat(
-                    [heads(take(f"{attn}.W_{letter}"), n) for letter, n in counts.items()], dim=-1
-                ),
+                W_QKV=torch.cat([heads(take(f"{attn}.W_{letter}"), n) for letter, n in counts.items()], dim=-1),
                 b_QKV=fused_bias(biases),
                 W_O=take(f"{attn}.W_O").clone(),
                 b_O=bias(f"{attn}.b_O"),
@@ -114,7 +110,5 @@ def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tens
         b_U=bias("unembed.b_U"),
     )
     if rest:
-        raise CheckpointKeyError(
-            f"the bridge has parameters that fastinterp does not know: {', '.join(sorted(rest))}"
-        )
+        raise CheckpointKeyError(f"the bridge has parameters that fastinterp does not know: {', '.join(sorted(rest))}")
     return weights

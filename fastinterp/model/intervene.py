@@ -38,12 +38,10 @@ class Edit:
         if self.head is not None and not {"head", "kv_head"} & set(dims):
             raise OptionError(f"site {self.site!r} has no head axis (its dims are {dims}): leave head=None")
         if self.positions is not None and "pos" not in dims:
-            raise OptionError(
-                f"site {self.site!r} has no pos axis (its dims are {dims}): leave positions=None"
-            )
+            raise OptionError(f"site {self.site!r} has no pos axis (its dims are {dims}): leave positions=None")
 
     def at(self, pos: Int[Tensor, " batch"] | None) -> "Edit":
-        """Returns the edit as it acts on values that were kept at one position per sequence (their ``pos`` has size 1)."""
+        """Returns the edit as it acts on values kept at one position per sequence (their ``pos`` has size 1)."""
         if pos is None:
             return self
         rows = torch.arange(len(pos), device=pos.device)
@@ -65,9 +63,7 @@ class Edit:
             head = check_index("head", self.head, value.shape[axis])
             part = value.select(axis, head)
         if self.positions is None:
-            part.copy_(
-                torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device).expand_as(part)
-            )
+            part.copy_(torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device).expand_as(part))
         else:
             mask = self.positions.view(*self.positions.shape, *[1] * (part.ndim - 2))
             replacement = torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device)

@@ -74,8 +74,9 @@ class Model:
         """
         if self.tokenizer is None:
             return None
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
+        bos: int | None = self.tokenizer.bos_token_id
+        end: int | None = self.tokenizer.eos_token_id
+        return end if bos is None else bos
 
     def encode(self, texts: Sequence[str], *, prepend_bos: bool | None = None) -> list[list[int]]:
         """Returns the token ids of every text, BOS first where asked.

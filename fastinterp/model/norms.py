@@ -10,11 +10,12 @@ from fastinterp.model.weights import NormWeights
 
 
 def norm_scale(norm: Norm, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
-    """Returns what the (centred) residual is divided by: ``sqrt(mean(x^2) + eps)``, TransformerLens's ``hook_scale``."""
+    """Returns what the (centred) residual is divided by: ``sqrt(mean(x^2) + eps)``, as ``hook_scale``."""
     if norm.kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-    return (mean_square + norm.eps).sqrt()
+    scale: Tensor = (mean_square + norm.eps).sqrt()
+    return scale
 
 
 def center(norm: Norm, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
@@ -31,9 +32,7 @@ def apply_affine(x: Float[Tensor, "*rows d_model"], weights: NormWeights) -> Flo
     return x
 
 
-def normalize(
-    norm: Norm, x: Float[Tensor, "*rows d_model"], weights: NormWeights
-) -> Float[Tensor, "*rows d_model"]:
+def normalize(norm: Norm, x: Float[Tensor, "*rows d_model"], weights: NormWeights) -> Float[Tensor, "*rows d_model"]:
     """Returns the norm of ``x``: in front of a sublayer, or of the unembedding."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weights.w, weights.b, norm.eps)

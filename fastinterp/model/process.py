@@ -63,11 +63,7 @@ def _process_block(spec: ModelSpec, block: BlockWeights) -> BlockWeights:
         )
     if b_QKV is not None:
         values = spec.attention.n_kv_heads * spec.d_head
-        b_V = (
-            b_QKV[-values:]
-            .view(spec.attention.n_kv_heads, spec.d_head)
-            .repeat_interleave(spec.attention.group, 0)
-        )
+        b_V = b_QKV[-values:].view(spec.attention.n_kv_heads, spec.d_head).repeat_interleave(spec.attention.group, 0)
         constant = (b_V.flatten() @ W_O.flatten(0, 1)).to(dtype)
         if bool((b_V != 0).any()):
             b_O = constant if b_O is None else b_O.double() + constant

@@ -126,7 +126,8 @@ class Weights:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Weights":
         """Returns the weights on ``device`` in ``dtype``; tensors that are there already are not copied."""
-        return _map(self, lambda tensor: tensor.to(device=device, dtype=dtype))
+        moved: Weights = _map(self, lambda tensor: tensor.to(device=device, dtype=dtype))
+        return moved
 
     def check_finite(self) -> None:
         """Raises :class:`NonFiniteError` naming the first parameter that holds NaN or infinity."""
@@ -142,8 +143,7 @@ class Weights:
         digest = hashlib.sha256()
         for name, tensor in self.named():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
-            digest.update(memoryview(raw.numpy()).cast("B"))
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -198,12 +198,8 @@ def check_shapes(spec: ModelSpec, weights: Weights) -> None:
         "b_U": (spec.d_vocab,),
     }
     if len(weights.blocks) != spec.n_layers:
-        raise CheckpointKeyError(
-            f"the checkpoint has {len(weights.blocks)} blocks, the config says {spec.n_layers}"
-        )
+        raise CheckpointKeyError(f"the checkpoint has {len(weights.blocks)} blocks, the config says {spec.n_layers}")
     for name, tensor in weights.named():
         expected = shapes[name.rsplit(".", 1)[-1]]
         if tuple(tensor.shape) != expected:
-            raise CheckpointKeyError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}, the config asks for {expected}"
-            )
+            raise CheckpointKeyError(f"weight {name!r} has shape {tuple(tensor.shape)}, the config asks for {expected}")

@@ -49,9 +49,7 @@ def run_variants(
 
     Memory: ``residual_bytes`` plus the activations of one step.
     """
-    fast = sorted(
-        (i for i, v in enumerate(variants) if v.enters_by_heads), key=lambda i: variants[i].first_layer
-    )
+    fast = sorted((i for i, v in enumerate(variants) if v.enters_by_heads), key=lambda i: variants[i].first_layer)
     each = tokens.numel() * model.spec.d_model * model.weights.W_E.element_size()
     size = max(1, residual_bytes // each)
     for start in range(0, len(fast), size):
@@ -86,9 +84,7 @@ def _run_group(
         joining = [variant for variant in variants[entered:] if variant.first_layer == layer]
         if not joining and entered == len(variants):
             continue
-        taps = Taps.of(
-            spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in ("z", "resid_mid")]
-        )
+        taps = Taps.of(spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in ("z", "resid_mid")])
         taps.at = at if last else None
         clean = block(spec, w, layer, clean, frame, taps)
         z, resid_mid = taps.values["z", layer], taps.values["resid_mid", layer]

@@ -1,0 +1,53 @@
+"""Puts the subcommands together, and turns errors raised on purpose into a message and an exit status."""
+
+import sys
+
+import typer
+
+import fastinterp
+from fastinterp.cli import demo, info, report, scan, tasks
+from fastinterp.cli.interrupt import Interrupted
+from fastinterp.errors import FastinterpError
+
+app = typer.Typer(
+    name="fastinterp",
+    help="A batch engine for mechanistic interpretability: from a prompt file and a model to a zarr store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("scan")(scan.scan)
+app.command("info")(info.info)
+app.command("report")(report.report)
+app.command("tasks")(tasks.tasks)
+app.command("demo")(demo.demo)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"fastinterp {fastinterp.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """A batch engine for mechanistic interpretability: from a prompt file and a model to a zarr store."""
+
+
+def main() -> None:
+    """Runs the command line. Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130/143 interrupted."""
+    try:
+        app()
+    except FastinterpError as error:
+        print(f"fastinterp: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as interrupted:
+        print(f"fastinterp: {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.signal_number)
+    except OSError as error:
+        # Disk full, permissions: what was committed is kept, and running the command again resumes.
+        print(f"fastinterp: {error}", file=sys.stderr)
+        sys.exit(1)

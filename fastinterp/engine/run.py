@@ -1,0 +1,157 @@
+"""The loop: block by block, analysis by analysis, batch by batch, to the store."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from fastinterp.analyses import compute_checked, place
+from fastinterp.engine.plan import BatchTokens, OnBad, Plan, plan
+from fastinterp.model.model import Model
+from fastinterp.prompts import PromptSet
+from fastinterp.store import STATUS_CODES, StoreWriter, open_store
+
+Arrays = dict[str, np.ndarray]
+
+
+def scan(
+    model: Model,
+    prompts: PromptSet | str | Path,
+    out: str | Path,
+    *,
+    analysis: str | Sequence[str] = "dla",
+    metric: str = "logit_diff",
+    limit: int | None = None,
+    ablation_limit: int | None = None,
+    batch_tokens: BatchTokens = "auto",
+    answer_token: Literal["single", "first"] = "single",
+    prepend_bos: bool | None = None,
+    bad_prompts: OnBad = "error",
+    compress: Literal["none", "zstd"] = "none",
+    durability: Literal["process", "power"] = "process",
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Runs analyses over all prompts and streams the results to a zarr store; called again, it resumes.
+
+    Args:
+        prompts: a prompt set, or the path of a ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file.
+        out: path of the store (``run.zarr``); journal and lock lie beside it, in ``run.zarr.d``.
+        analysis: names from ``fastinterp.engine.CATALOGUE``, as a list or separated by commas.
+        metric: ``logit_diff``, ``logit``, ``logprob`` or ``loss``, for every analysis.
+        limit: only the first prompts.
+        ablation_limit: ablation for the first prompts only; its arrays are NaN for the others.
+        batch_tokens: tokens per batch, or ``"auto"``; it changes speed and memory, and numbers at rounding level only.
+        answer_token: ``"single"`` insists on one-token answers, ``"first"`` scores the first token of longer ones.
+        prepend_bos: ``None`` does as TransformerLens does for the model.
+        bad_prompts: ``"error"`` refuses to begin; ``"reject"`` leaves them out and marks them in ``status``.
+        compress: ``"zstd"`` makes the store smaller and slower.
+        durability: ``"power"`` forces every block to the disk before it counts.
+        progress: a progress bar; ``None`` shows it on a terminal.
+
+    Returns:
+        The store, opened lazily; the same as ``xarray.open_zarr(out)``.
+
+    Raises:
+        PromptError, MetricError, OptionError: bad input, before anything is written.
+        StoreError, StoreMismatchError, StoreLockedError, PlanError: the store cannot be written or resumed.
+        NonFiniteError: activations overflowed; blocks finished before are kept.
+
+    Memory: one block of results and one batch of activations.
+
+    Example:
+        >>> fastinterp.scan(model, "prompts.jsonl", "run.zarr", analysis="dla,ablation")       # doctest: +SKIP
+    """
+    planned = plan(
+        model,
+        prompts,
+        analysis=analysis,
+        metric=metric,
+        limit=limit,
+        ablation_limit=ablation_limit,
+        batch_tokens=batch_tokens,
+        answer_token=answer_token,
+        prepend_bos=prepend_bos,
+        bad_prompts=bad_prompts,
+        compress=compress,
+    )
+    run(model, planned, out, durability=durability, progress=progress)
+    return open_store(out)
+
+
+def run(
+    model: Model,
+    planned: Plan,
+    out: str | Path,
+    *,
+    durability: Literal["process", "power"] = "process",
+    progress: bool | None = None,
+    on_begin: Callable[[StoreWriter], None] = lambda writer: None,
+) -> int:
+    """Carries out a plan; returns how many blocks were computed (the others were there)."""
+    with StoreWriter.open(out, planned.store, durability=durability) as writer:
+        on_begin(writer)
+        missing = writer.missing
+        done = sum(len(planned.store.prompts_of(block)) for block in writer.committed)
+        bar = tqdm(
+            total=planned.store.n_prompts,
+            initial=done,
+            unit="prompt",
+            disable=None if progress is None else not progress,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total} prompts [{elapsed}<{remaining}, {rate_fmt}]",
+            dynamic_ncols=True,
+        )
+        with bar:
+            for block in missing:
+                writer.write(block, compute_block(model, planned, block, bar.update))
+    return len(missing)
+
+
+def compute_block(model: Model, planned: Plan, block: int, advance: Callable[[float], Any]) -> Arrays:
+    """Computes every array of one block; batches are formed within it, so it depends on no other block."""
+    tokens = planned.prompts
+    rows = np.arange(*_bounds(planned.store.prompts_of(block)))
+    arrays = prompt_arrays(planned, rows)
+    for array in planned.store.arrays:
+        if array.kind == "result":
+            arrays[array.name] = np.full((len(rows), *array.shape[1:]), np.nan, dtype=np.float32)
+    costs = {
+        name: task.analysis.cost(model.spec, int(tokens.n_tokens[rows[rows < task.n_prompts]].sum()))
+        for name, task in planned.tasks.items()
+    }
+    advanced = 0.0
+    for task in planned.tasks.values():
+        for batch in tokens.batches(task.batch_tokens, rows[rows < task.n_prompts]):
+            for field, values in compute_checked(task.analysis, model, batch).items():
+                place(arrays[field], batch.indices - rows[0], values)
+            # Time goes with operations, so the bar moves by their share of the block.
+            share = task.analysis.cost(model.spec, int(batch.n_tokens.sum())) / max(1.0, sum(costs.values()))
+            advanced += share * len(rows)
+            advance(share * len(rows))
+    advance(len(rows) - advanced)
+    return arrays
+
+
+def prompt_arrays(planned: Plan, rows: np.ndarray) -> Arrays:
+    """Returns tokens, texts, ids, answers and status of the prompts of a block."""
+    tokens = planned.prompts
+    ids = np.full((len(rows), tokens.max_len), -1, dtype=np.int32)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(tokens.tokens[row])] = tokens.tokens[row]
+    accepted = tokens.n_tokens[rows] > 0
+    arrays: Arrays = {
+        "tokens": ids,
+        "n_tokens": tokens.n_tokens[rows].astype(np.int32),
+        "prompt_text": np.array([tokens.texts[row] for row in rows], dtype=object),
+        "prompt_id": np.array([tokens.ids[row] for row in rows], dtype=object),
+        "status": np.where(accepted, STATUS_CODES["ok"], STATUS_CODES["rejected"]).astype(np.uint8),
+    }
+    for name, texts in planned.answer_texts.items():
+        arrays[name] = np.array([texts[row] for row in rows], dtype=object)
+    return arrays
+
+
+def _bounds(prompts: range) -> tuple[int, int]:
+    return prompts.start, prompts.stop
