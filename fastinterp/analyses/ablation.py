@@ -125,7 +125,7 @@ class Ablation:
         clean = self._measure(model, (final if at is None else final[torch.arange(len(batch)), at])[None], batch)[0]
         variants = head_variants(spec)
         effects = clean.new_empty(len(variants), *clean.shape)
-        for indices, residuals in run_variants(model, batch.tokens, variants, at=at):
+        for indices, residuals in run_variants(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at):
             effects[indices] = self._measure(model, residuals, batch) - clean
         effects = effects.movedim(0, -1).unflatten(-1, (spec.n_layers, spec.n_heads))
         return {f"{self.metric.name}_clean": clean, f"{self.metric.name}_{self.mode}": effects}

@@ -5,7 +5,7 @@ The same object serves the functions that return xarray (``collect``) and the fi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Field:
     coords: Mapping[str, tuple[tuple[str, ...], Sequence[Any]]] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Analysis(Protocol):
     """Something that a scan can compute."""
 

@@ -23,8 +23,8 @@ from fastinterp.store import ArraySpec, CoordSpec, StoreSpec, choose_block_size,
 BatchTokens = int | Literal["auto"]
 OnBad = Literal["error", "reject"]
 
-# A warm-up this long tells the rate well enough; a shorter one would time the first touch of the weights.
-WARM_UP_SECONDS = 2.0
+# A batch that takes this long tells the rate; a shorter one would time the first touch of the weights.
+WARM_UP_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,31 +239,25 @@ def _answer_texts(model: Model, tokens: TokenizedPrompts) -> dict[str, tuple[str
 
 
 def _estimate(model: Model, planned: Plan) -> float:
-    """Times a few prompts of every analysis, and scales by the operations that all of them need."""
+    """Times one batch of each analysis, and scales by the operations that all of its prompts need."""
     total = 0.0
     for task in planned.tasks.values():
         accepted = planned.prompts.accepted
         accepted = accepted[accepted < task.n_prompts]
         if len(accepted) == 0:
             continue
-        # Prompts of middle length, one more each round, until the rate has settled.
+        # Prompts of middle length; twice as many each time, until the time says something about the rate.
         order = accepted[planned.prompts.n_tokens[accepted].argsort()]
-        spent, tokens, size = 0.0, 0, 1
-        while spent < WARM_UP_SECONDS and size <= len(order):
+        size, seconds = 1, 0.0
+        while True:
             start = (len(order) - size) // 2
-            rows = order[start : start + size]
+            batch = planned.prompts.batches(task.batch_tokens, order[start : start + size])[0]
             began = time.perf_counter()
-            for batch in planned.prompts.batches(task.batch_tokens, rows):
-                compute_checked(task.analysis, model, batch)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize(model.device)
-                if time.perf_counter() - began > WARM_UP_SECONDS:
-                    tokens = int(batch.n_tokens.sum()) if tokens == 0 else tokens
-                    break
-            else:
-                tokens = int(planned.prompts.n_tokens[rows].sum())
-            spent = time.perf_counter() - began
+            compute_checked(task.analysis, model, batch)
+            seconds = time.perf_counter() - began
+            if seconds > WARM_UP_SECONDS or len(batch) < size or 2 * size > len(order):
+                break
             size *= 2
-        everything = int(planned.prompts.n_tokens[accepted].sum())
-        total += spent * task.analysis.cost(model.spec, everything) / task.analysis.cost(model.spec, max(1, tokens))
+        whole = task.analysis.cost(model.spec, int(planned.prompts.n_tokens[accepted].sum()))
+        total += seconds * whole / task.analysis.cost(model.spec, int(batch.n_tokens.sum()))
     return total

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastinterp.model.attention import Frame, affine, attend, attend_from, make_frame, project_qkv
+from fastinterp.model.attention import Frame, affine, attend, make_frame, project_qkv
 from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.norms import apply_affine, center, norm_scale, normalize
 from fastinterp.model.spec import Activation, ModelSpec
@@ -61,24 +61,6 @@ def block(
     x = tapped_norm(spec, "ln2", layer, resid, w.ln2, taps)
     mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, x, taps))
     return taps("resid_post", layer, resid + mlp_out)
-
-
-def block_at(
-    spec: ModelSpec,
-    w: BlockWeights,
-    layer: int,
-    resid: Float[Tensor, "batch pos d_model"],
-    frame: Frame,
-    pos: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch d_model"]:
-    """Returns the residual after block ``layer`` at one position per sequence.
-
-    In the last block, where only some positions are read, this leaves keys and values as the only work per token.
-    """
-    rows = torch.arange(len(pos), device=pos.device)
-    q, k, v = project_qkv(spec, w, layer, normalize(spec.norm, resid, w.ln1), frame, NO_TAPS)
-    z = attend_from(spec, layer, q[rows, pos], k, v, frame, pos)
-    return mlp_residual(spec, w, layer, resid[rows, pos] + mix_heads(w, layer, z))
 
 
 def mlp_residual(

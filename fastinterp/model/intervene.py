@@ -40,18 +40,25 @@ class Edit:
         if self.positions is not None and "pos" not in dims:
             raise OptionError(f"site {self.site!r} has no pos axis (its dims are {dims}): leave positions=None")
 
-    def at(self, pos: Int[Tensor, " batch"] | None) -> "Edit":
-        """Returns the edit as it acts on values kept at one position per sequence (their ``pos`` has size 1)."""
-        if pos is None:
-            return self
-        rows = torch.arange(len(pos), device=pos.device)
-        positions = None if self.positions is None else self.positions[rows, pos][:, None]
+    def gathered(self, rows: Int[Tensor, " n"], pos: Int[Tensor, " n"]) -> "Edit":
+        """Returns the edit as it acts on ``[1, n, ...]``: the values at position ``pos[i]`` of sequence ``rows[i]``."""
+        positions = None if self.positions is None else self.positions[rows, pos][None]
         replacement = self.replacement
-        dims = activation(self.site).dims
-        axes = len(dims) - (0 if self.head is None else 1)
-        if isinstance(replacement, Tensor) and replacement.ndim == axes and replacement.shape[1] > 1:
-            replacement = replacement.expand(len(pos), *replacement.shape[1:])[rows, pos][:, None]
+        if isinstance(replacement, Tensor) and self._has_batch_axes(replacement):
+            n_rows, n_pos = replacement.shape[:2]
+            replacement = replacement[rows if n_rows > 1 else 0 * rows, pos if n_pos > 1 else 0 * pos][None]
         return dataclasses.replace(self, positions=positions, replacement=replacement)
+
+    @property
+    def same_everywhere(self) -> bool:
+        """Whether the edit is the same for every prompt and position."""
+        return self.positions is None and not (
+            isinstance(self.replacement, Tensor) and self._has_batch_axes(self.replacement)
+        )
+
+    def _has_batch_axes(self, replacement: Tensor) -> bool:
+        axes = len(activation(self.site).dims) - (0 if self.head is None else 1)
+        return replacement.ndim == axes
 
     def apply(self, value: Tensor) -> Tensor:
         """Returns ``value`` with the edit made, leaving the original alone."""

@@ -1,0 +1,60 @@
+"""Which tokens of a batch have to be computed: real ones, and of equal beginnings only one.
+
+A causal model gives the same activations wherever the tokens up to a position are the same. Prompts of one template, or
+with one few-shot header, or just with BOS in front, begin alike; padding need not be computed at all.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTree:
+    """The distinct beginnings of a batch, numbered.
+
+    ``node[b, p]`` is the number of the beginning of prompt ``b`` that ends at position ``p`` (0 at padding, which
+    nothing real attends to). ``row[n]`` and ``pos[n]`` say where node ``n`` first occurs.
+    """
+
+    node: Int[Tensor, "batch pos"]
+    row: Int[Tensor, " node"]
+    pos: Int[Tensor, " node"]
+
+    @property
+    def n_nodes(self) -> int:
+        """How many tokens have to be computed."""
+        return len(self.row)
+
+    @property
+    def is_whole_batch(self) -> bool:
+        """Whether every position of every prompt is a node of its own, in the order of the batch."""
+        return self.n_nodes == self.node.numel()
+
+
+def prefix_tree(
+    tokens: Int[Tensor, "batch pos"], n_tokens: Int[Tensor, " batch"] | None = None, *, share: bool = True
+) -> PrefixTree:
+    """Finds the distinct beginnings; ``share=False`` leaves out padding alone, so that prompts can differ in edits."""
+    n_prompts, n_pos = tokens.shape
+    lengths = [n_pos] * n_prompts if n_tokens is None else n_tokens.tolist()
+    rows: list[int] = []
+    positions: list[int] = []
+    nodes = torch.zeros(n_prompts, n_pos, dtype=torch.int64)
+    known: dict[tuple[int, int], int] = {}
+    for b, ids in enumerate(tokens.tolist()):
+        parent = -1
+        for p in range(lengths[b]):
+            edge = (parent, ids[p])
+            parent = known.get(edge, -1) if share else -1
+            if parent < 0:
+                parent = known[edge] = len(rows)
+                rows.append(b)
+                positions.append(p)
+            nodes[b, p] = parent
+    device = tokens.device
+    return PrefixTree(
+        node=nodes.to(device), row=torch.tensor(rows, device=device), pos=torch.tensor(positions, device=device)
+    )

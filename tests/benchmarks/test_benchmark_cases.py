@@ -1,0 +1,146 @@
+"""The cases themselves on a tiny random model, fastinterp against TransformerLens."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import measure, models
+from benchmarks.cases import CASES, ablate, direct_logit_attribution
+from benchmarks.harness import QUICK, run_case
+from fastinterp.model.spec import Attention, Mlp, ModelSpec, Norm, Position
+from fastinterp.prompts import PromptSet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> models.Fixtures:
+    hf_model = models.random_gpt2(n_layer=3, n_head=2, n_embd=32, vocab_size=211)
+    return models.fixtures_from(
+        hf_model, models.stand_in_tokenizer(), name="tiny", device=CPU, random_tokens=True
+    )
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_case_passes_its_parity_check(
+    name: str, fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "matmul_shapes", lambda spec, device: [(64, 64, 64)])
+    row = run_case(CASES[name], fixtures, QUICK)
+    assert row.status == "ok", row.error
+    assert row.case == name
+    assert len(row.baselines) > 1
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_baselines_agree_and_together_cover_the_layout(name: str, fixtures: models.Fixtures) -> None:
+    prepared = CASES[name].setup(fixtures)
+    results = [baseline.run(range(baseline.n_iterations)) for baseline in prepared.baselines]
+    for baseline, found in zip(prepared.baselines, results):
+        assert np.isfinite(found).all(), baseline.name
+        assert np.abs(found).mean() > 0.05, baseline.name
+        np.testing.assert_allclose(found, results[0], atol=CASES[name].tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_head_that_is_wrong_fails_the_case(
+    name: str, fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case_module = ablate if name.startswith("ablate") else direct_logit_attribution
+    honest = case_module._fast
+
+    def mistaken(*arguments: Any) -> Any:
+        found = honest(*arguments).copy()
+        found[:, -1, 0] += 2 * CASES[name].tolerance
+        return found
+
+    monkeypatch.setattr(case_module, "_fast", mistaken)
+    assert run_case(CASES[name], fixtures, QUICK).status == "parity failed"
+
+
+def test_random_workload_is_the_same_for_both_sides(fixtures: models.Fixtures) -> None:
+    work = fixtures.workload(5)
+    assert work.tokens.shape == (5, models.IOI_TOKENS)
+    assert work.n_tokens == 5 * models.IOI_TOKENS
+    assert str(work) == "5 prompts x 15 tokens"
+    assert [list(prompt) for prompt in work.prompts.prompts] == work.tokens.tolist()
+    assert work.prompts.answer == tuple(work.answer.tolist())
+    assert work.prompts.wrong == tuple(work.wrong.tolist())
+    assert (work.answer != work.wrong).all()
+    assert torch.equal(fixtures.workload(5).tokens, work.tokens)
+
+
+def test_ioi_workload_has_prompts_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tokenizer that splits at spaces and knows the words it has seen."""
+    drawn = PromptSet.of(
+        [" ".join(["word"] * n) for n in (14, 3, 14, 14, 3)], answer=[*"abcde"], wrong=[*"fghij"]
+    )
+    monkeypatch.setattr(models, "ioi", lambda n, *, seed, model: drawn)
+
+    class Words:
+        def encode(self, texts: Any) -> list[list[int]]:
+            return [[0, *range(len(text.split()))] for text in texts]
+
+        def to_tokens(self, texts: Any) -> torch.Tensor:
+            return torch.tensor(self.encode(texts))
+
+        def to_single_token(self, text: str) -> int:
+            return ord(text)
+
+    words = Words()
+    made = models.Fixtures(name="words", model=words, bridge=words, device=CPU)
+    work = made.workload(2)
+    assert work.tokens.shape == (2, 15)
+    assert work.prompts.answer == ("a", "c")
+    assert work.answer.tolist() == [ord("a"), ord("c")]
+    assert work.wrong.tolist() == [ord("f"), ord("h")]
+    with pytest.raises(ValueError, match="only 3 of 5 IOI prompts have 15 tokens"):
+        made.workload(4)
+
+
+def toy_spec(n_layers: int) -> ModelSpec:
+    return ModelSpec(
+        family="toy",
+        n_layers=n_layers,
+        d_model=6,
+        d_vocab=11,
+        n_ctx=9,
+        norm=Norm(kind="rms", eps=1e-5),
+        position=Position(kind="learned"),
+        attention=Attention(n_heads=2, n_kv_heads=1, d_head=3, scale=1.0, window=(None,) * n_layers),
+        mlp=Mlp(kind="gated", d_mlp=5, activation="silu"),
+    )
+
+
+def test_needed_operations_of_an_ablation_counted_one_by_one() -> None:
+    spec = toy_spec(3)
+    mlp = 2 * 3 * 6 * 5
+    block = mlp + 2 * (6 * (2 + 1 + 1) * 3 + 2 * 3 * 6)
+    total = 3 * block
+    for layer, _head in itertools.product(range(3), range(2)):
+        total += mlp
+        total += sum(block for above in range(3) if above > layer)
+    assert ablate.needed_flops(spec, 7) == 7 * total
+
+
+def test_needed_operations_of_an_attribution_counted_one_by_one() -> None:
+    spec = toy_spec(2)
+    directions = sum(2 * 3 * 6 + 2 * 3 for _layer, _head in itertools.product(range(2), range(2)))
+    expected = 7 * 2 * spec.flops_per_token_block() + 4 * directions
+    assert direct_logit_attribution.needed_flops(spec, 7, 4) == expected
+
+
+@pytest.mark.gpu
+def test_cases_on_a_gpu() -> None:
+    hf_model = models.random_gpt2(n_layer=2, n_head=2, n_embd=64, vocab_size=211)
+    fixtures = models.fixtures_from(
+        hf_model, models.stand_in_tokenizer(), name="tiny", device=torch.device("cuda"), random_tokens=True
+    )
+    for case in CASES.values():
+        row = run_case(case, fixtures, QUICK)
+        assert row.status == "ok", row.error
+        assert row.fast is not None
+        assert row.fast.peak_memory_bytes > 0

@@ -1,0 +1,144 @@
+"""The TransformerLens side against Hugging Face alone: what is compared with has to be right itself."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import naive
+from benchmarks.models import boot_bridge, random_gpt2, stand_in_tokenizer
+
+N_LAYERS, N_HEADS, D_MODEL, D_VOCAB = 3, 4, 48, 101
+D_HEAD = D_MODEL // N_HEADS
+TOLERANCE = 1e-5
+
+TOKENS = torch.randint(D_VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
+ANSWER, WRONG = torch.tensor([3, 4, 5]), torch.tensor([10, 3, 12])
+
+
+@pytest.fixture(scope="module")
+def hf_model() -> Any:
+    return random_gpt2(n_layer=N_LAYERS, n_head=N_HEADS, n_embd=D_MODEL, vocab_size=D_VOCAB)
+
+
+@pytest.fixture(scope="module")
+def bridge(hf_model: Any) -> Any:
+    return boot_bridge(copy.deepcopy(hf_model), stand_in_tokenizer(), torch.device("cpu"))
+
+
+@torch.no_grad()
+def clean_run(hf_model: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Logits, every layer's z (value bias included) and the final residual, last position, float64."""
+    model = copy.deepcopy(hf_model).double()
+    z: list[Tensor] = []
+    final: list[Tensor] = []
+    for block in model.transformer.h:
+        block.attn.c_proj.register_forward_pre_hook(lambda module, inputs: z.append(inputs[0][:, -1]))
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0][:, -1]))
+    logits = model(TOKENS).logits[:, -1]
+    return logits, z, final[0]
+
+
+@torch.no_grad()
+def ablated_logits(hf_model: Any, layer: int, head: int) -> Tensor:
+    model = copy.deepcopy(hf_model).double()
+
+    def zero(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        z = inputs[0].clone()
+        chosen = slice(head * D_HEAD, (head + 1) * D_HEAD)
+        z[..., chosen] = value_bias(model, layer)[chosen]
+        return (z,)
+
+    model.transformer.h[layer].attn.c_proj.register_forward_pre_hook(zero)
+    return model(TOKENS).logits[:, -1]
+
+
+def value_bias(hf_model: Any, layer: int) -> Tensor:
+    """What every z holds whatever was attended to; the processed weights have it in ``b_O`` instead."""
+    block = hf_model.transformer.h[layer]
+    weight, bias = block.attn.c_attn.weight[:, 2 * D_MODEL :], block.attn.c_attn.bias[2 * D_MODEL :]
+    return bias + block.ln_1.bias @ weight
+
+
+def difference(logits: Tensor) -> Tensor:
+    rows = torch.arange(len(TOKENS))
+    return logits[rows, ANSWER] - logits[rows, WRONG]
+
+
+def expected_attribution(hf_model: Any) -> Tensor:
+    _, z, final = clean_run(hf_model)
+    norm = hf_model.transformer.ln_f
+    scale = (final.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    directions = (
+        hf_model.lm_head.weight[ANSWER] - hf_model.lm_head.weight[WRONG]
+    ).double() * norm.weight.double()
+    layers = []
+    for layer, block in enumerate(hf_model.transformer.h):
+        W_O = block.attn.c_proj.weight.double().view(N_HEADS, D_HEAD, D_MODEL)
+        heads = (z[layer] - value_bias(hf_model, layer)).view(-1, N_HEADS, D_HEAD)
+        result = torch.einsum("bhd,hdm->bhm", heads, W_O)
+        result = (result - result.mean(-1, keepdim=True)) / scale[:, None]
+        layers.append(torch.einsum("bhm,bm->bh", result, directions))
+    return torch.stack(layers, dim=1).detach()
+
+
+def one_by_one(function: Any, bridge: Any, *columns: Tensor) -> Tensor:
+    return torch.cat(
+        [function(bridge, *(column[row : row + 1] for column in columns)) for row in range(len(TOKENS))]
+    )
+
+
+@pytest.mark.parametrize(
+    "function", [naive.head_attribution_full_cache, naive.head_attribution_filtered_cache]
+)
+def test_attribution_by_cache(function: Any, bridge: Any, hf_model: Any) -> None:
+    expected = expected_attribution(hf_model)
+    assert expected.std() > 0.1
+    directions = naive.logit_diff_directions(bridge, ANSWER, WRONG)
+    for found in (
+        function(bridge, TOKENS, directions),
+        one_by_one(function, bridge, TOKENS, directions),
+    ):
+        torch.testing.assert_close(found.double(), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_attribution_by_tool(bridge: Any, hf_model: Any) -> None:
+    expected = expected_attribution(hf_model)
+    for found in (
+        naive.head_attribution_tool(bridge, TOKENS, ANSWER, WRONG),
+        one_by_one(naive.head_attribution_tool, bridge, TOKENS, ANSWER, WRONG),
+    ):
+        torch.testing.assert_close(found.double(), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_clean_logit_diff_is_untouched_by_what_ran_before(bridge: Any, hf_model: Any) -> None:
+    expected = difference(clean_run(hf_model)[0])
+    for _ in range(2):
+        found = naive.logit_diff(bridge, TOKENS, ANSWER, WRONG)
+        torch.testing.assert_close(found.double(), expected, atol=TOLERANCE, rtol=0)
+        naive.ablated_logit_diff(bridge, TOKENS, ANSWER, WRONG, 0, 0)
+
+
+def test_ablation_head_by_head_and_layer_by_layer(bridge: Any, hf_model: Any) -> None:
+    clean = difference(clean_run(hf_model)[0])
+    for layer in range(N_LAYERS):
+        by_layer = naive.ablated_logit_diff_of_layer(bridge, TOKENS, ANSWER, WRONG, layer)
+        for head in range(N_HEADS):
+            expected = difference(ablated_logits(hf_model, layer, head))
+            assert (expected - clean).abs().max() > 0.01
+            arguments = (bridge, TOKENS, ANSWER, WRONG, layer, head)
+            for found in (
+                naive.ablated_logit_diff(*arguments),
+                naive.ablated_logit_diff(*arguments, logits_to_keep=1),
+                by_layer[:, head],
+            ):
+                torch.testing.assert_close(found.double(), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_random_gpt2_is_seeded_and_of_realistic_size(hf_model: Any) -> None:
+    again = random_gpt2(n_layer=N_LAYERS, n_head=N_HEADS, n_embd=D_MODEL, vocab_size=D_VOCAB)
+    for (name, one), other in zip(hf_model.named_parameters(), again.parameters()):
+        assert torch.equal(one, other), name
+    assert 1.0 < clean_run(hf_model)[0].std() < 10.0
