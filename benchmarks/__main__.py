@@ -86,9 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="default: benchmarks/results/<device>-<date>.json; cases add up",
     )
-    parser.add_argument(
-        "--table", action="store_true", help="generate the README's table from the results, then stop"
-    )
+    parser.add_argument("--table", action="store_true", help="generate the README's table from the results, then stop")
     return parser.parse_args(arguments)
 
 

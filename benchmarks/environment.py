@@ -41,9 +41,7 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(
-            ("git", *arguments), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
-        )
+        done = subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -77,6 +75,4 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

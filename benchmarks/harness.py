@@ -249,9 +249,7 @@ def _timings(
     rate = measure.matmul_flops_per_second(shapes, device)
     for _ in range(repeats):
         for baseline, chosen, runs in zip(prepared.baselines, items, naive_runs):
-            runs.append(
-                measure.measure(lambda baseline=baseline, chosen=chosen: baseline.run(chosen), device)[1]
-            )
+            runs.append(measure.measure(lambda baseline=baseline, chosen=chosen: baseline.run(chosen), device)[1])
         fast_runs.append(measure.measure(prepared.fast, device)[1])
     rate = max(rate, measure.matmul_flops_per_second(shapes, device))
 

@@ -117,8 +117,6 @@ def matmul_flops_per_second(shapes: Sequence[Shape], device: torch.device, repea
         out = torch.empty(rows, columns, device=device)
         torch.mm(left, right, out=out)
         for _ in range(repeats):
-            _, seconds = _timed(
-                lambda left=left, right=right, out=out: torch.mm(left, right, out=out), device
-            )
+            _, seconds = _timed(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), device)
             best = max(best, 2.0 * rows * inner * columns / seconds)
     return best

@@ -69,17 +69,13 @@ class Fixtures:
         counts = Counter(lengths)
         length = IOI_TOKENS if counts[IOI_TOKENS] >= n_prompts else counts.most_common(1)[0][0]
         if counts[length] < n_prompts:
-            raise ValueError(
-                f"only {counts[length]} of {len(drawn.prompts)} IOI prompts have {length} tokens"
-            )
+            raise ValueError(f"only {counts[length]} of {len(drawn.prompts)} IOI prompts have {length} tokens")
         rows = [row for row, found in enumerate(lengths) if found == length][:n_prompts]
         texts = [drawn.prompts[row] for row in rows]
         answer, wrong = ([column[row] for row in rows] for column in (drawn.answer, drawn.wrong))
         tokens = self.bridge.to_tokens(texts)
         if tokens.shape != (n_prompts, length):
-            raise ValueError(
-                f"TransformerLens makes {tuple(tokens.shape)} of {n_prompts} prompts of {length} tokens"
-            )
+            raise ValueError(f"TransformerLens makes {tuple(tokens.shape)} of {n_prompts} prompts of {length} tokens")
         return Workload(
             prompts=PromptSet.of(texts, answer=answer, wrong=wrong),
             tokens=tokens.to(self.device),
@@ -88,9 +84,7 @@ class Fixtures:
         )
 
     def _ids(self, answers: list[Any]) -> torch.Tensor:
-        ids = [
-            answer if isinstance(answer, int) else self.bridge.to_single_token(answer) for answer in answers
-        ]
+        ids = [answer if isinstance(answer, int) else self.bridge.to_single_token(answer) for answer in answers]
         return torch.tensor(ids, device=self.device)
 
     def _random(self, n_prompts: int, n_pos: int) -> Workload:
@@ -132,9 +126,7 @@ def fixtures_from(
     # TransformerLens rewrites the model it wraps in place (eager attention, folded weights): it gets a copy.
     bridge = boot_bridge(copy.deepcopy(hf_model), tokenizer, device)
     model = fastinterp.load(hf_model, tokenizer=None if random_tokens else tokenizer)
-    return Fixtures(
-        name=name, model=model.to(device), bridge=bridge, device=device, random_tokens=random_tokens
-    )
+    return Fixtures(name=name, model=model.to(device), bridge=bridge, device=device, random_tokens=random_tokens)
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, device: torch.device) -> Any:
@@ -144,9 +136,7 @@ def boot_bridge(hf_model: Any, tokenizer: Any, device: torch.device) -> Any:
     # With hf_model= and tokenizer= nothing is fetched; the name only labels the config.
     label = hf_model.config.name_or_path or hf_model.config.model_type
     hf_model = hf_model.to(device).eval()
-    bridge = TransformerBridge.boot_transformers(
-        label, hf_model=hf_model, tokenizer=tokenizer, device=str(device)
-    )
+    bridge = TransformerBridge.boot_transformers(label, hf_model=hf_model, tokenizer=tokenizer, device=str(device))
     bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge.eval()
 

@@ -109,9 +109,7 @@ def _ok_lines(row: dict[str, Any]) -> list[list[str]]:
         headline = baseline["name"] == row["fastest_baseline"]
         seconds = number(baseline["wall_seconds"])
         if baseline["timed_iterations"] < baseline["iterations"]:
-            seconds += (
-                f" (scaled up from {baseline['timed_iterations']} of {baseline['iterations']} iterations)"
-            )
+            seconds += f" (scaled up from {baseline['timed_iterations']} of {baseline['iterations']} iterations)"
         ratio = f"{number(baseline['ratio'])}x"
         first = [f"`{row['case']}`" + (" (quick)" if row["quick"] else ""), row["workload"]]
         shared = [

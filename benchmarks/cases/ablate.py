@@ -2,14 +2,16 @@
 
 Operations that the definition needs when all variants share the clean prefix (multiply-adds counted twice)::
 
-    n_tokens * n_layers * block                                          the clean forward
-    + n_tokens * n_heads * sum over l of (mlp + (n_layers - 1 - l) * block)    every variant of layer l
+    nodes   = distinct beginnings of the prompts (BOS, or a common "When", is one token for all of them)
+    last    = nodes * kv + prompts * (block - kv)        the last block: keys and values everywhere, the rest once
+    clean   = nodes * (n_layers - 1) * block + last
+    variant of layer l < n_layers - 1:  nodes * (mlp + (n_layers - 2 - l) * block) + last
+    variant of the last layer:          prompts * mlp
 
-``block`` is ``spec.flops_per_token_block()`` and ``mlp`` its MLP part. A variant of layer l changes the
-output of that layer's attention (a product of one head, which is negligible), so that layer's MLP and all
-blocks above it have to be computed anew, for all tokens; nothing below does. Attention scores and the two
-columns of the unembedding are left out. These products bind on a GPU as well: nothing here takes an
-exponential per logit.
+``block`` is ``spec.flops_per_token_block()``, ``mlp`` and ``kv`` its MLP part and its key and value projections. A
+variant of layer l changes the output of that layer's attention (a product of one head, which is negligible), so that
+layer's MLP and all blocks above it have to be computed anew; nothing below does. Attention scores and the two columns
+of the unembedding are left out. These products bind on a GPU as well: nothing here takes an exponential per logit.
 
 The clean logit difference, which every baseline subtracts, is computed in the setup: its time is not counted
 against them.
@@ -18,10 +20,12 @@ against them.
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import naive
 from benchmarks.harness import Array, Baseline, Case, Prepared
 from benchmarks.models import Fixtures, Workload
+from fastinterp.model.prefix import prefix_tree
 from fastinterp.model.spec import ModelSpec
 
 N_PROMPTS = 16
@@ -86,9 +90,7 @@ def setup_loop(fixtures: Fixtures) -> Prepared:
             prompt, layer, head = entry(item)
             return naive.ablated_logit_diff(*arguments(prompt), layer, head, **options)[0] - clean[prompt]
 
-        return Baseline(
-            name=name, how=how, shape=shape, n_iterations=int(np.prod(shape)), step=step, where=entry
-        )
+        return Baseline(name=name, how=how, shape=shape, n_iterations=int(np.prod(shape)), step=step, where=entry)
 
     return _prepared(
         fixtures,
@@ -104,7 +106,7 @@ def _prepared(fixtures: Fixtures, work: Workload, *baselines: Baseline) -> Prepa
         n_tokens=work.n_tokens,
         baselines=baselines,
         fast=lambda: _fast(fixtures, work),
-        flops=needed_flops(fixtures.model.spec, work.n_tokens),
+        flops=needed_flops(fixtures.model.spec, work.tokens),
     )
 
 
@@ -115,12 +117,16 @@ def _fast(fixtures: Fixtures, work: Workload) -> Array:
     return np.asarray(found["logit_diff_zero"].transpose("prompt", "layer", "head").values)
 
 
-def needed_flops(spec: ModelSpec, n_tokens: int) -> float:
-    """Operations of the definition; the formula stands at the top of this file."""
+def needed_flops(spec: ModelSpec, tokens: torch.Tensor) -> float:
+    """Operations of the definition for prompts of one length; the formula stands at the top of this file."""
+    prompts, nodes = len(tokens), prefix_tree(tokens).n_nodes
     block = spec.flops_per_token_block()
     mlp = 2 * (3 if spec.mlp.kind == "gated" else 2) * spec.d_model * spec.mlp.d_mlp
-    variants = sum(mlp + (spec.n_layers - 1 - layer) * block for layer in range(spec.n_layers))
-    return float(n_tokens * (spec.n_layers * block + spec.n_heads * variants))
+    kv = 2 * spec.d_model * 2 * spec.attention.n_kv_heads * spec.d_head
+    last = nodes * kv + prompts * (block - kv)
+    clean = nodes * (spec.n_layers - 1) * block + last
+    variants = [nodes * (mlp + (spec.n_layers - 2 - layer) * block) + last for layer in range(spec.n_layers - 1)]
+    return float(clean + spec.n_heads * (sum(variants) + prompts * mlp))
 
 
 CASES = (

@@ -2,21 +2,24 @@
 
 Operations that the definition needs, multiply-adds counted twice::
 
-    n_tokens * n_layers * flops_per_token_block          one forward of the blocks
+    nodes = distinct beginnings of the prompts (BOS, or a common "When", is one token for all of them)
+    nodes * (n_layers - 1) * block                       a forward up to the last block
+    + nodes * kv + n_prompts * (block - kv)              the last block: keys, values everywhere, the rest once
     + n_prompts * 2 * A * d_head * d_model               W_O[h] u for the direction u of every prompt
     + n_prompts * 2 * A * d_head                         z . (W_O[h] u)
 
-with ``A = n_layers * n_heads``. There is no term in the vocabulary: two columns of ``W_U`` are enough.
-Attention scores are left out (as in ``ModelSpec.flops_per_token_block``), and every block counts for all
-tokens, the last one too. These products bind on a GPU as well: nothing here takes an exponential per logit or
-reads more than the weights.
+with ``A = n_layers * n_heads``, ``block = spec.flops_per_token_block()`` and ``kv`` its key and value projections. There
+is no term in the vocabulary: two columns of ``W_U`` are enough. Attention scores are left out. These products bind on a
+GPU as well: nothing here takes an exponential per logit or reads more than the weights.
 """
 
 import numpy as np
+import torch
 
 from benchmarks import naive
 from benchmarks.harness import Array, Baseline, Case, Prepared
 from benchmarks.models import Fixtures, Workload
+from fastinterp.model.prefix import prefix_tree
 from fastinterp.model.spec import ModelSpec
 
 N_PROMPTS = 64
@@ -44,9 +47,7 @@ def _prepare(fixtures: Fixtures, prompts_per_run: int | None) -> Prepared:
     ways = {
         "filtered cache": (
             "run_with_cache of the last hook_z and final scale, stack_head_results, direction product",
-            lambda chosen: naive.head_attribution_filtered_cache(
-                bridge, work.tokens[chosen], directions[chosen]
-            ),
+            lambda chosen: naive.head_attribution_filtered_cache(bridge, work.tokens[chosen], directions[chosen]),
         ),
         "notebook": (
             "run_with_cache of everything, stack_head_results, apply_ln_to_stack, direction product",
@@ -74,23 +75,25 @@ def _prepare(fixtures: Fixtures, prompts_per_run: int | None) -> Prepared:
             for name, (how, run) in ways.items()
         ),
         fast=lambda: _fast(fixtures, work),
-        flops=needed_flops(fixtures.model.spec, work.n_tokens, n_prompts),
+        flops=needed_flops(fixtures.model.spec, work.tokens),
     )
 
 
 def _fast(fixtures: Fixtures, work: Workload) -> Array:
     import fastinterp
 
-    found = fastinterp.direct_logit_attribution(
-        fixtures.model, work.prompts, unit="head", pos=-1, metric="logit_diff"
-    )
+    found = fastinterp.direct_logit_attribution(fixtures.model, work.prompts, unit="head", pos=-1, metric="logit_diff")
     return np.asarray(found.transpose("prompt", "layer", "head").values)
 
 
-def needed_flops(spec: ModelSpec, n_tokens: int, n_prompts: int) -> float:
-    """Operations of the definition; the formula stands at the top of this file."""
+def needed_flops(spec: ModelSpec, tokens: torch.Tensor) -> float:
+    """Operations of the definition for prompts of one length; the formula stands at the top of this file."""
+    prompts, nodes = len(tokens), prefix_tree(tokens).n_nodes
+    block = spec.flops_per_token_block()
+    kv = 2 * spec.d_model * 2 * spec.attention.n_kv_heads * spec.d_head
     per_prompt = 2 * spec.n_layers * spec.n_heads * spec.d_head * (spec.d_model + 1)
-    return float(n_tokens * spec.n_layers * spec.flops_per_token_block() + n_prompts * per_prompt)
+    forward = nodes * (spec.n_layers - 1) * block + nodes * kv + prompts * (block - kv)
+    return float(forward + prompts * per_prompt)
 
 
 CASES = (

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastinterp.analyses.base import Field, collect, head_coords, tokenized
 from fastinterp.errors import check_choice
 from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
-from fastinterp.model.forward import forward
+from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.model import Model
 from fastinterp.model.norms import normalize
 from fastinterp.model.spec import ModelSpec
@@ -121,8 +121,11 @@ class Ablation:
         """Returns ``{metric_clean: [batch, (pos)], metric_zero: [batch, (pos), layer, head]}``."""
         spec, per_token = model.spec, self.metric.per_token
         at = None if per_token else batch.last
-        final = forward(spec, model.weights, batch.tokens)
-        clean = self._measure(model, (final if at is None else final[torch.arange(len(batch)), at])[None], batch)[0]
+        if at is None:
+            final = forward(spec, model.weights, batch.tokens)
+        else:
+            final = forward_at(spec, model.weights, batch.tokens, batch.n_tokens, at)
+        clean = self._measure(model, final[None], batch)[0]
         variants = head_variants(spec)
         effects = clean.new_empty(len(variants), *clean.shape)
         for indices, residuals in run_variants(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at):

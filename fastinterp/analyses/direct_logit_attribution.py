@@ -20,7 +20,7 @@ from fastinterp.analyses.base import (
 )
 from fastinterp.errors import MetricError, check_choice
 from fastinterp.metrics import Metric, answer_direction, get_metric
-from fastinterp.model.forward import forward
+from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.intervene import Taps
 from fastinterp.model.model import Model
 from fastinterp.model.norms import norm_scale
@@ -161,18 +161,17 @@ class DirectLogitAttribution:
         capture = list(SITES[self.unit])
         if self.unit == "component":
             capture += ["embed", "pos_embed"] if weights.W_pos is not None else ["embed"]
-        taps = Taps.of(spec.n_layers, capture=capture, at=at)
-        resid = forward(spec, weights, batch.tokens, taps=taps)
+        taps = Taps.of(spec.n_layers, capture=capture)
         if at is None:
-            at_axis = resid
+            resid = forward(spec, weights, batch.tokens, taps=taps)
         else:
-            at_axis = resid[torch.arange(len(batch)), at].unsqueeze(1)
+            resid = forward_at(spec, weights, batch.tokens, batch.n_tokens, at, taps=taps).unsqueeze(1)
             taps.values = {key: value.unsqueeze(1) for key, value in taps.values.items()}
         u, constant = answer_direction(
             weights.W_U, weights.b_U, batch.answer, batch.wrong if "wrong" in self.metric.needs else None
         )
         u, constant = through_final_norm(model, u, constant)
-        scale = norm_scale(spec.norm, at_axis).squeeze(-1)
+        scale = norm_scale(spec.norm, resid).squeeze(-1)
         values = self._project(model, taps, u, constant, scale)
         if at is None:
             return {NAMES[self.unit]: mask_padding(values, batch)}

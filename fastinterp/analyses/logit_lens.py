@@ -10,7 +10,7 @@ from torch import Tensor
 from fastinterp.analyses.base import Field, Pos, check_pos, collect, mask_padding, positions, tokenized
 from fastinterp.errors import MetricError, check_choice
 from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
-from fastinterp.model.forward import forward
+from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.intervene import Taps
 from fastinterp.model.model import Model
 from fastinterp.model.norms import apply_affine, center, norm_scale
@@ -126,10 +126,11 @@ class LogitLens:
         """Returns ``{name: [batch, (pos), site]}``."""
         spec, weights = model.spec, model.weights
         at = None if self._every_position else positions(self.pos, batch)
-        taps = Taps.of(spec.n_layers, capture=["resid_pre", "resid_mid"], at=at)
-        final = forward(spec, weights, batch.tokens, taps=taps)
-        if at is not None:
-            final = final[torch.arange(len(batch)), at]
+        taps = Taps.of(spec.n_layers, capture=["resid_pre", "resid_mid"])
+        if at is None:
+            final = forward(spec, weights, batch.tokens, taps=taps)
+        else:
+            final = forward_at(spec, weights, batch.tokens, batch.n_tokens, at, taps=taps)
         final_scale = norm_scale(spec.norm, final)
         sites = [taps.values[name, layer] for layer in range(spec.n_layers) for name in ("resid_pre", "resid_mid")]
         columns = []

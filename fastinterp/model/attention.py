@@ -1,5 +1,6 @@
 """Grouped-query causal attention: from the normalised residual to ``z``, the mixed values of every head."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastinterp.model.intervene import Taps
+from fastinterp.model.prefix import PrefixTree
 from fastinterp.model.rope import rope_tables, rotate
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
@@ -15,23 +17,28 @@ from fastinterp.model.weights import BlockWeights
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What depends on the sequence length alone: rotary tables, and masks for windows shorter than the sequence.
+    """What depends on the shape of the batch alone: rotary tables, and masks for windows shorter than the sequence.
 
-    Prompts are padded on the right, so the causal mask already keeps padding from real tokens.
+    Prompts are padded on the right, so the causal mask already keeps padding from real tokens. With a ``tree`` the
+    residual stream is packed, ``[variant, node, d_model]`` instead of ``[batch, pos, d_model]``: everything but the
+    attention itself then acts per node, and the rotary tables are per node.
     """
 
     n_pos: int
     cos: Float[Tensor, "pos 1 half"] | None
     sin: Float[Tensor, "pos 1 half"] | None
     masks: dict[int | None, Bool[Tensor, "query_pos key_pos"]]
+    tree: PrefixTree | None = None
 
     def mask(self, window: int | None) -> Bool[Tensor, "query_pos key_pos"]:
         """True where a query may look."""
         return self.masks[window if window is not None and window < self.n_pos else None]
 
 
-def make_frame(spec: ModelSpec, n_pos: int, *, device: torch.device, dtype: torch.dtype) -> Frame:
-    """Builds the tables for sequences of ``n_pos`` tokens."""
+def make_frame(
+    spec: ModelSpec, n_pos: int, *, device: torch.device, dtype: torch.dtype, tree: PrefixTree | None = None
+) -> Frame:
+    """Builds the tables for sequences of ``n_pos`` tokens, packed if there is a ``tree``."""
     cos = sin = None
     if spec.position.kind == "rotary":
         cos, sin = rope_tables(spec.position, n_pos, device=device, dtype=dtype)
@@ -41,7 +48,9 @@ def make_frame(spec: ModelSpec, n_pos: int, *, device: torch.device, dtype: torc
     for window in set(spec.attention.window):
         if window is not None and window < n_pos:
             masks[window] = (distance >= 0) & (distance < window)
-    return Frame(n_pos=n_pos, cos=cos, sin=sin, masks=masks)
+    if tree is not None and cos is not None and sin is not None:
+        cos, sin = cos[tree.pos], sin[tree.pos]
+    return Frame(n_pos=n_pos, cos=cos, sin=sin, masks=masks, tree=tree)
 
 
 def project_qkv(
@@ -80,7 +89,14 @@ def attend(
     frame: Frame,
     taps: Taps,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Returns ``z = softmax(scale * q k^T + mask) v`` per head; fused unless scores or pattern are tapped."""
+    """Returns ``z = softmax(scale * q k^T + mask) v`` per head; fused unless scores or pattern are tapped.
+
+    Packed queries, keys and values are spread over the prompts for this and ``z`` is packed again.
+    """
+    if (tree := frame.tree) is not None:
+        spread = dataclasses.replace(frame, tree=None)
+        q, k, v = (tree.spread(part).flatten(0, 1) for part in (q, k, v))
+        return tree.pack(attend(spec, layer, q, k, v, spread, taps).unflatten(0, (-1, len(tree.node))))
     attention = spec.attention
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     window = attention.window[layer]
@@ -106,24 +122,26 @@ def attend(
 def attend_from(
     spec: ModelSpec,
     layer: int,
-    q: Float[Tensor, "batch head d_head"],
-    k: Float[Tensor, "batch pos kv_head d_head"],
-    v: Float[Tensor, "batch pos kv_head d_head"],
+    q: Float[Tensor, "variant batch head d_head"],
+    k: Float[Tensor, "variant node kv_head d_head"],
+    v: Float[Tensor, "variant node kv_head d_head"],
     frame: Frame,
     query_pos: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch head d_head"]:
-    """Like :func:`attend`, for one query per sequence, at ``query_pos``."""
-    attention = spec.attention
-    allowed = frame.mask(attention.window[layer])[query_pos]
+) -> Float[Tensor, "variant batch head d_head"]:
+    """Like :func:`attend` for packed keys and values, with one query per prompt, at ``query_pos``."""
+    attention, tree = spec.attention, frame.tree
+    assert tree is not None
+    k, v = (tree.spread(part).flatten(0, 1) for part in (k, v))
+    allowed = frame.mask(attention.window[layer])[query_pos].repeat(len(q), 1)
     z = F.scaled_dot_product_attention(
-        q.unsqueeze(2),
+        q.flatten(0, 1).unsqueeze(2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=allowed[:, None, None, :],
         scale=attention.scale,
         enable_gqa=attention.group > 1,
     )
-    return z.squeeze(2)
+    return z.squeeze(2).view(q.shape)
 
 
 def affine(

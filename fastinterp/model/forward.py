@@ -5,14 +5,17 @@
 No family is named here: ``ModelSpec`` decides. ``taps`` reads and replaces activations on the way.
 """
 
+import dataclasses
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastinterp.model.attention import Frame, affine, attend, make_frame, project_qkv
+from fastinterp.model.attention import Frame, affine, attend, attend_from, make_frame, project_qkv
 from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.norms import apply_affine, center, norm_scale, normalize
+from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
 
@@ -25,21 +28,50 @@ def forward(
     Sequences are padded on the right with any valid token; nothing real attends to padding. Memory: a few
     ``[batch, pos, d_mlp]`` tensors plus what the taps keep.
     """
-    resid = embed(spec, weights, tokens, taps)
+    resid = embed(weights, tokens, taps)
     frame = make_frame(spec, tokens.shape[1], device=resid.device, dtype=resid.dtype)
     for layer, w in enumerate(weights.blocks):
         resid = block(spec, w, layer, resid, frame, taps)
     return resid
 
 
+def forward_at(
+    spec: ModelSpec,
+    weights: Weights,
+    tokens: Int[Tensor, "batch pos"],
+    n_tokens: Int[Tensor, " batch"],
+    at: Int[Tensor, " batch"],
+    *,
+    taps: Taps = NO_TAPS,
+) -> Float[Tensor, "batch d_model"]:
+    """Returns the final residual at one position per prompt, and captures activations there: ``[batch, ...]``.
+
+    The same numbers as :func:`forward`, with less work: equal beginnings of the prompts are computed once, padding not
+    at all, and of the last block only keys and values everywhere. Captures can be of the residual stream and what is
+    written to it (``z``, ``post``, ``attn_out``, ``mlp_out``, embeddings); edits are for :func:`forward`.
+    """
+    tree = prefix_tree(tokens, n_tokens)
+    taps = dataclasses.replace(taps, at=(torch.zeros_like(at), tree.nodes_at(at)))
+    resid = embed(weights, tokens, taps, tree)
+    frame = make_frame(spec, tokens.shape[1], device=resid.device, dtype=resid.dtype, tree=tree)
+    for layer, w in enumerate(weights.blocks[:-1]):
+        resid = block(spec, w, layer, resid, frame, taps)
+    return block_at(spec, weights.blocks[-1], spec.n_layers - 1, resid, frame, at, taps).squeeze(0)
+
+
 def embed(
-    spec: ModelSpec, weights: Weights, tokens: Int[Tensor, "batch pos"], taps: Taps = NO_TAPS
-) -> Float[Tensor, "batch pos d_model"]:
-    """Returns the residual stream before the first block; positions count from each sequence's first token."""
+    weights: Weights, tokens: Int[Tensor, "batch pos"], taps: Taps = NO_TAPS, tree: PrefixTree | None = None
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns the residual stream before the first block; positions count from each sequence's first token.
+
+    With a ``tree`` it is packed: ``[1, node, d_model]``.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    if tree is not None:
+        tokens, positions = tokens[tree.row, tree.pos][None], tree.pos
     resid = taps("embed", None, F.embedding(tokens, weights.W_E))
     if weights.W_pos is not None:
-        pos_embed = weights.W_pos[: tokens.shape[1]].expand_as(resid)
-        resid = resid + taps("pos_embed", None, pos_embed)
+        resid = resid + taps("pos_embed", None, weights.W_pos[positions].expand_as(resid))
     return resid
 
 
@@ -60,6 +92,33 @@ def block(
     resid = taps("resid_mid", layer, resid + attn_out)
     x = tapped_norm(spec, "ln2", layer, resid, w.ln2, taps)
     mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, x, taps))
+    return taps("resid_post", layer, resid + mlp_out)
+
+
+def block_at(
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    resid: Float[Tensor, "variant node d_model"],
+    frame: Frame,
+    at: Int[Tensor, " batch"],
+    taps: Taps = NO_TAPS,
+) -> Float[Tensor, "variant batch d_model"]:
+    """Returns the residual after block ``layer`` at one position per prompt, from a packed residual.
+
+    In the last block, where only some positions are read, keys and values are all that is needed everywhere.
+    """
+    assert frame.tree is not None
+    resid = taps("resid_pre", layer, resid)
+    q, k, v = project_qkv(spec, w, layer, normalize(spec.norm, resid, w.ln1), frame, NO_TAPS)
+    last = frame.tree.nodes_at(at)
+    z = attend_from(spec, layer, q[:, last], k, v, frame, at)
+    # From here on there is one row per prompt.
+    rows = torch.arange(len(at), device=at.device)
+    taps = dataclasses.replace(taps, at=(torch.zeros_like(rows), rows))
+    attn_out = taps("attn_out", layer, mix_heads(w, layer, taps("z", layer, z)))
+    resid = taps("resid_mid", layer, resid[:, last] + attn_out)
+    mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, normalize(spec.norm, resid, w.ln2), taps))
     return taps("resid_post", layer, resid + mlp_out)
 
 

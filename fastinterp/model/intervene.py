@@ -91,14 +91,15 @@ class Taps:
     """Reads and replaces activations during one forward.
 
     ``values[name, layer]`` holds what was captured (``layer`` is ``None`` for activations outside of the blocks), after
-    the edits of that site. Edits of one site are made in the order given. With ``at`` (one position per sequence) only
-    that position is kept, of activations that have a ``pos`` axis.
+    the edits of that site. Edits of one site are made in the order given. With ``at`` (sequences and their positions)
+    only those positions are kept, of activations that have a ``pos`` axis: ``[n, ...]`` instead of
+    ``[batch, pos, ...]``.
     """
 
     wanted: frozenset[Key] = frozenset()
     edits: dict[Key, list[Edit]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
-    at: Int[Tensor, " batch"] | None = None
+    at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None
 
     @classmethod
     def of(
@@ -107,7 +108,6 @@ class Taps:
         *,
         capture: Iterable[Capture | str] = (),
         edits: Iterable[Edit] = (),
-        at: Int[Tensor, " batch"] | None = None,
     ) -> "Taps":
         """Builds taps, checking every name and layer against the model."""
         wanted: set[Key] = set()
@@ -122,7 +122,7 @@ class Taps:
         for edit in edits:
             layer = check_index("layer", edit.layer, n_layers) if activation(edit.site).per_layer else None
             by_site.setdefault((edit.site, layer), []).append(edit)
-        return cls(wanted=frozenset(wanted), edits=by_site, at=at)
+        return cls(wanted=frozenset(wanted), edits=by_site)
 
     def wants(self, name: str, layer: int | None) -> bool:
         """Whether this activation is read or replaced."""
@@ -133,8 +133,8 @@ class Taps:
         for edit in self.edits.get((name, layer), ()):
             value = edit.apply(value)
         if (name, layer) in self.wanted:
-            keep = self.at is not None and "pos" in activation(name).dims
-            self.values[name, layer] = value[torch.arange(len(value)), self.at] if keep else value
+            some = self.at is not None and "pos" in activation(name).dims
+            self.values[name, layer] = value[self.at] if some else value
         return value
 
     def stacked(self, name: str, n_layers: int) -> Float[Tensor, "layer ..."]:

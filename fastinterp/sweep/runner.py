@@ -2,26 +2,24 @@
 
 A variant of layer ``l`` equals the clean run below ``l``. So the pass carries the clean residual and a growing stack of
 edited ones: at every layer the stack takes one step, and the variants of that layer join it. Each weight matrix is then
-read once per layer for all variants, and no layer is computed for a variant before its edit. Residuals are kept per node
-of the batch's prefix tree, so padding and repeated beginnings are not computed.
+read once per layer for all variants, and no layer is computed for a variant before its edit. Residuals are kept per
+node of the batch's prefix tree, so padding and repeated beginnings are not computed.
 
     operations = nodes x sum over variants of (MLP of its layer + every block above)
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.model.attention import Frame, attend, attend_from, make_frame, project_qkv
-from fastinterp.model.forward import embed, forward, mix_heads, mlp_residual
-from fastinterp.model.intervene import NO_TAPS, Taps
+from fastinterp.model.attention import make_frame
+from fastinterp.model.forward import block, block_at, embed, forward, mlp_residual
+from fastinterp.model.intervene import Capture, Taps
 from fastinterp.model.model import Model
-from fastinterp.model.norms import normalize
+from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.weights import BlockWeights
-from fastinterp.sweep.prefix import PrefixTree, prefix_tree
 from fastinterp.sweep.variants import Variant
 
 RESIDUAL_BYTES = 1 << 30
@@ -78,94 +76,61 @@ class _Pass:
         self, model: Model, tokens: Int[Tensor, "batch pos"], tree: PrefixTree, at: Int[Tensor, " batch"] | None
     ) -> None:
         self.spec, self.weights, self.tree, self.at = model.spec, model.weights, tree, at
-        self.clean = embed(model.spec, model.weights, tokens)[tree.row, tree.pos][None]
-        # Rotary tables per node serve the projections, masks per position the attention.
-        self.frame = make_frame(model.spec, tokens.shape[1], device=self.clean.device, dtype=self.clean.dtype)
-        self.node_frame = _at_nodes(self.frame, tree)
+        self.clean = embed(model.weights, tokens, tree=tree)
+        self.frame = make_frame(
+            model.spec, tokens.shape[1], device=self.clean.device, dtype=self.clean.dtype, tree=tree
+        )
         self.step_variants = max(1, step_tokens(self.clean.device) // tree.n_nodes)
 
     def run(self, variants: Sequence[Variant]) -> Float[Tensor, "variant batch *pos d_model"]:
+        """Returns the final residual of each variant, which must come in the order of their layers."""
+        spec = self.spec
         stack = self.clean.new_empty(len(variants), *self.clean.shape[1:])
         entered = 0
         for layer, w in enumerate(self.weights.blocks):
-            last = layer == self.spec.n_layers - 1
             new = [variant for variant in variants[entered:] if variant.first_layer == layer]
-            entered_after = entered + len(new)
-            if last and self.at is not None:
+            if layer == spec.n_layers - 1 and self.at is not None:
                 return self._run_last(w, stack, entered, new)
             for part in self._parts(stack[:entered]):
-                z = self._attention(w, layer, part)
-                part.copy_(self._finish(w, layer, part + mix_heads(w, layer, z)))
+                part.copy_(block(spec, w, layer, part, self.frame))
             if entered < len(variants):
-                z = self._attention(w, layer, self.clean)
-                resid_mid = self.clean + mix_heads(w, layer, z)
-                for variant, out in zip(new, stack[entered:entered_after], strict=True):
+                taps = self._taps(layer)
+                self.clean = block(spec, w, layer, self.clean, self.frame, taps)
+                z, resid_mid = taps.values["z", layer], taps.values["resid_mid", layer]
+                joined = stack[entered : entered + len(new)]
+                for variant, out in zip(new, joined, strict=True):
                     out.copy_(_entering(w, variant, z, resid_mid, self.tree.row, self.tree.pos)[0])
-                for part in self._parts(stack[entered:entered_after]):
-                    part.copy_(self._finish(w, layer, part))
-                self.clean = self._finish(w, layer, resid_mid)
-            entered = entered_after
-        return stack[:, self.tree.node]
+                for part in self._parts(joined):
+                    part.copy_(mlp_residual(spec, w, layer, part))
+                entered += len(new)
+        return self.tree.spread(stack)
 
     def _run_last(
         self, w: BlockWeights, stack: Float[Tensor, "variant node d_model"], entered: int, new: Sequence[Variant]
     ) -> Float[Tensor, "variant batch d_model"]:
-        """The last block, at one position per prompt: only keys and values are needed everywhere."""
+        """The last block, at the one position per prompt that is read."""
         assert self.at is not None
-        layer, rows = self.spec.n_layers - 1, torch.arange(len(self.at), device=self.at.device)
-        last = self.tree.node[rows, self.at]
-        final = stack.new_empty(len(stack), len(rows), self.spec.d_model)
+        spec, layer, rows = self.spec, self.spec.n_layers - 1, torch.arange(len(self.at), device=self.at.device)
+        final = stack.new_empty(len(stack), len(rows), spec.d_model)
         for part, out in zip(self._parts(stack[:entered]), self._parts(final[:entered]), strict=True):
-            torch.add(part[:, last], mix_heads(w, layer, self._attention_at(w, layer, part)), out=out)
+            out.copy_(block_at(spec, w, layer, part, self.frame, self.at))
         if new:
-            z = self._attention_at(w, layer, self.clean)
-            resid_mid = self.clean[:, last] + mix_heads(w, layer, z)
+            taps = self._taps(layer)
+            block_at(spec, w, layer, self.clean, self.frame, self.at, taps)
+            z, resid_mid = taps.values["z", layer][None], taps.values["resid_mid", layer][None]
             for variant, out in zip(new, final[entered:], strict=True):
                 out.copy_(_entering(w, variant, z, resid_mid, rows, self.at)[0])
-        return self._finish(w, layer, final)
+            final[entered:] = mlp_residual(spec, w, layer, final[entered:])
+        return final
+
+    def _taps(self, layer: int) -> Taps:
+        """What the clean run shows to the variants of a layer."""
+        names = ("z", "resid_mid")
+        return Taps.of(self.spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in names])
 
     def _parts(self, stack: Tensor) -> Sequence[Tensor]:
         """Cuts a stack of residuals into steps."""
         return stack.split(self.step_variants) if len(stack) else ()
-
-    def _finish(
-        self, w: BlockWeights, layer: int, resid_mid: Float[Tensor, "*rows d_model"]
-    ) -> Float[Tensor, "*rows d_model"]:
-        """Returns ``resid_post``."""
-        return mlp_residual(self.spec, w, layer, resid_mid)
-
-    def _attention(
-        self, w: BlockWeights, layer: int, resid: Float[Tensor, "variant node d_model"]
-    ) -> Float[Tensor, "variant node head d_head"]:
-        """Returns ``z`` of every node: projections per node, attention per prompt."""
-        x = normalize(self.spec.norm, resid, w.ln1)
-        parts = project_qkv(self.spec, w, layer, x, self.node_frame, NO_TAPS)
-        if self.tree.is_whole_batch:
-            q, k, v = (part.reshape(-1, *self.tree.node.shape[1:], *part.shape[2:]) for part in parts)
-            z = attend(self.spec, layer, q, k, v, self.frame, NO_TAPS)
-            return z.reshape(parts[0].shape)
-        q, k, v = (part[:, self.tree.node].flatten(0, 1) for part in parts)
-        z = attend(self.spec, layer, q, k, v, self.frame, NO_TAPS).unflatten(0, (len(resid), -1))
-        return z[:, self.tree.row, self.tree.pos]
-
-    def _attention_at(
-        self, w: BlockWeights, layer: int, resid: Float[Tensor, "variant node d_model"]
-    ) -> Float[Tensor, "variant batch head d_head"]:
-        """Returns ``z`` at the position of each prompt that is read."""
-        assert self.at is not None
-        x = normalize(self.spec.norm, resid, w.ln1)
-        q, k, v = project_qkv(self.spec, w, layer, x, self.node_frame, NO_TAPS)
-        rows = torch.arange(len(self.at), device=self.at.device)
-        q = q[:, self.tree.node[rows, self.at]].flatten(0, 1)
-        k, v = (part[:, self.tree.node].flatten(0, 1) for part in (k, v))
-        z = attend_from(self.spec, layer, q, k, v, self.frame, self.at.repeat(len(resid)))
-        return z.unflatten(0, (len(resid), -1))
-
-
-def _at_nodes(frame: Frame, tree: PrefixTree) -> Frame:
-    if frame.cos is None or frame.sin is None:
-        return frame
-    return dataclasses.replace(frame, cos=frame.cos[tree.pos], sin=frame.sin[tree.pos])
 
 
 def _entering(

@@ -19,15 +19,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def fixtures() -> models.Fixtures:
     hf_model = models.random_gpt2(n_layer=3, n_head=2, n_embd=32, vocab_size=211)
-    return models.fixtures_from(
-        hf_model, models.stand_in_tokenizer(), name="tiny", device=CPU, random_tokens=True
-    )
+    return models.fixtures_from(hf_model, models.stand_in_tokenizer(), name="tiny", device=CPU, random_tokens=True)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_case_passes_its_parity_check(
-    name: str, fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_case_passes_its_parity_check(name: str, fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "matmul_shapes", lambda spec, device: [(64, 64, 64)])
     row = run_case(CASES[name], fixtures, QUICK)
     assert row.status == "ok", row.error
@@ -75,9 +71,7 @@ def test_random_workload_is_the_same_for_both_sides(fixtures: models.Fixtures) -
 
 def test_ioi_workload_has_prompts_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tokenizer that splits at spaces and knows the words it has seen."""
-    drawn = PromptSet.of(
-        [" ".join(["word"] * n) for n in (14, 3, 14, 14, 3)], answer=[*"abcde"], wrong=[*"fghij"]
-    )
+    drawn = PromptSet.of([" ".join(["word"] * n) for n in (14, 3, 14, 14, 3)], answer=[*"abcde"], wrong=[*"fghij"])
     monkeypatch.setattr(models, "ioi", lambda n, *, seed, model: drawn)
 
     class Words:
@@ -115,22 +109,28 @@ def toy_spec(n_layers: int) -> ModelSpec:
     )
 
 
+# Two prompts of three tokens that share the first: five distinct beginnings, two of them last.
+PROMPTS = torch.tensor([[1, 2, 3], [1, 4, 5]])
+MLP, KV = 2 * 3 * 6 * 5, 2 * 6 * (1 + 1) * 3
+BLOCK = MLP + KV + 2 * (6 * 2 * 3 + 2 * 3 * 6)
+
+
 def test_needed_operations_of_an_ablation_counted_one_by_one() -> None:
-    spec = toy_spec(3)
-    mlp = 2 * 3 * 6 * 5
-    block = mlp + 2 * (6 * (2 + 1 + 1) * 3 + 2 * 3 * 6)
-    total = 3 * block
-    for layer, _head in itertools.product(range(3), range(2)):
-        total += mlp
-        total += sum(block for above in range(3) if above > layer)
-    assert ablate.needed_flops(spec, 7) == 7 * total
+    total = 0
+    for node in ("1", "12", "123", "14", "145"):
+        read = len(node) == 3
+        total += 2 * BLOCK + (BLOCK if read else KV)
+        for layer, _head in itertools.product(range(3), range(2)):
+            total += MLP if layer < 2 or read else 0
+            total += sum(BLOCK if above < 2 or read else KV for above in range(3) if above > layer)
+    assert toy_spec(3).flops_per_token_block() == BLOCK
+    assert ablate.needed_flops(toy_spec(3), PROMPTS) == total
 
 
 def test_needed_operations_of_an_attribution_counted_one_by_one() -> None:
-    spec = toy_spec(2)
     directions = sum(2 * 3 * 6 + 2 * 3 for _layer, _head in itertools.product(range(2), range(2)))
-    expected = 7 * 2 * spec.flops_per_token_block() + 4 * directions
-    assert direct_logit_attribution.needed_flops(spec, 7, 4) == expected
+    expected = 5 * BLOCK + 3 * KV + 2 * BLOCK + 2 * directions
+    assert direct_logit_attribution.needed_flops(toy_spec(2), PROMPTS) == expected
 
 
 @pytest.mark.gpu

@@ -86,9 +86,7 @@ def test_parity_returns_the_largest_difference_of_computed_entries() -> None:
         (TRUTH, np.where(TRUTH == 5, np.inf, TRUTH), TRUTH < 5, "infinity"),
     ],
 )
-def test_parity_refuses_what_cannot_be_compared(
-    naive: Array, fast: Array, computed: Array, message: str
-) -> None:
+def test_parity_refuses_what_cannot_be_compared(naive: Array, fast: Array, computed: Array, message: str) -> None:
     with pytest.raises(ParityError, match=message):
         parity(naive, fast, computed, 1e-4)
 
@@ -114,9 +112,7 @@ def test_repeats_are_interleaved_after_a_warm_up_of_each(fixtures: models.Fixtur
         log.append("fast")
         return TRUTH
 
-    row = run_case(
-        case_of(rows_of(TRUTH, "a", log), rows_of(TRUTH, "b", log), fast=fast), fixtures, Settings()
-    )
+    row = run_case(case_of(rows_of(TRUTH, "a", log), rows_of(TRUTH, "b", log), fast=fast), fixtures, Settings())
     assert row.status == "ok"
     one_repeat = [f"a{item}" for item in range(4)] + [f"b{item}" for item in range(4)] + ["fast"]
     assert log[-3 * len(one_repeat) :] == 3 * one_repeat
@@ -127,9 +123,7 @@ def test_repeats_are_interleaved_after_a_warm_up_of_each(fixtures: models.Fixtur
 def test_figures_follow_from_the_runs(fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch) -> None:
     fast_seconds = iter([9.0, 2.0, 1.0])
 
-    def fake_measure(
-        function: Callable[[], object], device: torch.device
-    ) -> tuple[object, measure.Measurement]:
+    def fake_measure(function: Callable[[], object], device: torch.device) -> tuple[object, measure.Measurement]:
         result = function()
         # A loop takes 10 s per iteration ("slow") or 5 s ("quick"); fastinterp what the list above says.
         seconds = next(fast_seconds) if result is TRUTH else per_iteration[0] * np.isfinite(result).sum() / 3
@@ -200,9 +194,7 @@ def cases(monkeypatch: pytest.MonkeyPatch, fixtures: models.Fixtures) -> dict[st
 
 
 @pytest.mark.usefixtures("cases")
-def test_other_cases_go_on_and_the_exit_status_tells(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_cases_go_on_and_the_exit_status_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "results.json"
     assert command.main(["--json", str(path)]) == 1
     rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}

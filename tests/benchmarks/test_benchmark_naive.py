@@ -71,9 +71,7 @@ def expected_attribution(hf_model: Any) -> Tensor:
     _, z, final = clean_run(hf_model)
     norm = hf_model.transformer.ln_f
     scale = (final.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-    directions = (
-        hf_model.lm_head.weight[ANSWER] - hf_model.lm_head.weight[WRONG]
-    ).double() * norm.weight.double()
+    directions = (hf_model.lm_head.weight[ANSWER] - hf_model.lm_head.weight[WRONG]).double() * norm.weight.double()
     layers = []
     for layer, block in enumerate(hf_model.transformer.h):
         W_O = block.attn.c_proj.weight.double().view(N_HEADS, D_HEAD, D_MODEL)
@@ -85,14 +83,10 @@ def expected_attribution(hf_model: Any) -> Tensor:
 
 
 def one_by_one(function: Any, bridge: Any, *columns: Tensor) -> Tensor:
-    return torch.cat(
-        [function(bridge, *(column[row : row + 1] for column in columns)) for row in range(len(TOKENS))]
-    )
+    return torch.cat([function(bridge, *(column[row : row + 1] for column in columns)) for row in range(len(TOKENS))])
 
 
-@pytest.mark.parametrize(
-    "function", [naive.head_attribution_full_cache, naive.head_attribution_filtered_cache]
-)
+@pytest.mark.parametrize("function", [naive.head_attribution_full_cache, naive.head_attribution_filtered_cache])
 def test_attribution_by_cache(function: Any, bridge: Any, hf_model: Any) -> None:
     expected = expected_attribution(hf_model)
     assert expected.std() > 0.1

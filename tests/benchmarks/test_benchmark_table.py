@@ -81,9 +81,7 @@ def test_rendered_table(tmp_path: Path) -> None:
 
 def test_a_failed_case_shows_no_ratio(tmp_path: Path) -> None:
     path = tmp_path / "cpu-2cores-2026-01-02.json"
-    failed = Row(
-        case="dla_loop", model="m", status="parity failed", what="w", workload="x", error="differ by 1 | 2"
-    )
+    failed = Row(case="dla_loop", model="m", status="parity failed", what="w", workload="x", error="differ by 1 | 2")
     table.write_rows(path, [failed], ENVIRONMENT)
     text = table.render([path])
     assert "| `dla_loop` | x | parity failed: differ by 1 \\| 2 |" in text
@@ -138,9 +136,7 @@ def test_update_replaces_only_what_is_between_the_markers(tmp_path: Path) -> Non
     assert text.endswith("\n\nThe rest.\n")
 
 
-@pytest.mark.parametrize(
-    "text", ["", table.BEGIN, f"{table.END}\n{table.BEGIN}", f"{table.BEGIN}{table.END}" * 2]
-)
+@pytest.mark.parametrize("text", ["", table.BEGIN, f"{table.END}\n{table.BEGIN}", f"{table.BEGIN}{table.END}" * 2])
 def test_missing_or_misplaced_markers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="the README needs one line"):
         table.between_markers(text)

@@ -7,7 +7,7 @@ with one few-shot header, or just with BOS in front, begin alike; padding need n
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
@@ -28,10 +28,22 @@ class PrefixTree:
         """How many tokens have to be computed."""
         return len(self.row)
 
-    @property
-    def is_whole_batch(self) -> bool:
-        """Whether every position of every prompt is a node of its own, in the order of the batch."""
-        return self.n_nodes == self.node.numel()
+    def nodes_at(self, pos: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """Returns the node of every prompt at a position of its own."""
+        return self.node[torch.arange(len(pos), device=pos.device), pos]
+
+    def spread(self, values: Shaped[Tensor, "variant node *rest"]) -> Shaped[Tensor, "variant batch pos *rest"]:
+        """Returns every prompt's values, with equal beginnings repeated; a view if nothing was packed."""
+        if self.n_nodes == self.node.numel():
+            apart: Tensor = values.unflatten(1, self.node.shape)
+            return apart
+        return values[:, self.node]
+
+    def pack(self, values: Shaped[Tensor, "variant batch pos *rest"]) -> Shaped[Tensor, "variant node *rest"]:
+        """Returns one value per node."""
+        if self.n_nodes == self.node.numel():
+            return values.flatten(1, 2)
+        return values[:, self.row, self.pos]
 
 
 def prefix_tree(
