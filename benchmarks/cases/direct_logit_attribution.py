@@ -8,9 +8,9 @@ Operations that the definition needs, multiply-adds counted twice::
     + n_prompts * 2 * A * d_head * d_model               W_O[h] u for the direction u of every prompt
     + n_prompts * 2 * A * d_head                         z . (W_O[h] u)
 
-with ``A = n_layers * n_heads``, ``block = spec.flops_per_token_block()`` and ``kv`` its key and value projections. There
-is no term in the vocabulary: two columns of ``W_U`` are enough. Attention scores are left out. These products bind on a
-GPU as well: nothing here takes an exponential per logit or reads more than the weights.
+with ``A = n_layers * n_heads``, ``block = spec.flops_per_token_block()`` and ``kv`` its key and value projections.
+There is no term in the vocabulary: two columns of ``W_U`` are enough. Attention scores are left out. These products
+bind on a GPU as well: nothing here takes an exponential per logit or reads more than the weights.
 """
 
 import numpy as np

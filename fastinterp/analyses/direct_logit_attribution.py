@@ -62,7 +62,7 @@ def direct_logit_attribution(
     Args:
         unit: ``"head"`` gives dims (prompt, layer, head), without ``b_O``. ``"layer"`` (prompt, layer) is the whole
             block, ``attn_out + mlp_out`` with biases; TransformerLens's tool of this name gives the accumulated
-            residual instead, which is :func:`logit_lens` here. ``"component"`` (prompt, site) has ``embed``,
+            residual instead, which is :func:`logit_lens` here. ``"component"`` (prompt, component) has ``embed``,
             ``pos_embed``, every ``attn_out`` and ``mlp_out`` and ``bias`` (of final norm and unembedding), and sums
             to the metric exactly. ``"neuron"`` (prompt, layer, neuron) leaves out ``b_out``.
         pos: position (negatives count from the prompt's own end) or ``"all"``, which adds a dim ``pos`` after prompt.
@@ -139,7 +139,8 @@ class DirectLogitAttribution:
                 coords = {"layer": (("layer",), layers)}
             case "component":
                 labels = component_labels(spec)
-                dims, shape, coords = ("site",), (len(labels),), {"site": (("site",), labels)}
+                dims, shape = ("component",), (len(labels),)
+                coords = {"component": (("component",), labels)}
         if self.pos == "all":
             dims, shape = ("pos", *dims), (n_pos, *shape)
         attrs = {
@@ -211,7 +212,7 @@ class DirectLogitAttribution:
 
 
 def component_labels(spec: ModelSpec) -> list[str]:
-    """Labels of the dim ``site`` for ``unit="component"``; their values sum to the metric."""
+    """Labels of the dim ``component`` for ``unit="component"``; their values sum to the metric."""
     return [*residual_labels(spec.n_layers, has_pos_embed=spec.position.kind == "learned"), "bias"]
 
 

@@ -29,7 +29,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         ),
         "dla_component": Entry(
             make=lambda metric: DirectLogitAttribution(unit="component", metric_name=metric),
-            description="attention, MLP, embedding and bias terms: direct_effect_component (prompt, site)",
+            description="attention, MLP, embedding and bias terms: direct_effect_component (prompt, component)",
         ),
         "dla_neuron": Entry(
             make=lambda metric: DirectLogitAttribution(unit="neuron", metric_name=metric),

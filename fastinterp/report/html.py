@@ -26,7 +26,7 @@ from fastinterp.report.tables import (
     status_counts,
 )
 
-PROFILE_DIMS = (("prompt", "layer"), ("prompt", "site"))
+PROFILE_DIMS = (("prompt", "layer"), ("prompt", "site"), ("prompt", "component"))
 
 _LISTED_HEADS = 10
 
@@ -64,7 +64,7 @@ def write_html(
     """Writes a dataset as one HTML file (heat maps, strongest heads, prompts, provenance); returns its path.
 
     Every float array with the dims ``prompt, layer, head`` becomes a heat map of its mean over prompts,
-    every one with ``prompt, layer`` or ``prompt, site`` a profile, and every one with ``prompt`` alone a
+    every one with ``prompt`` and ``layer``, ``site`` or ``component`` a profile, and every one with ``prompt`` alone a
     column of the prompt table. Units and the meaning of the sign are taken from each array's attributes
     ``units``, ``long_name``, ``metric`` and ``sign``, the provenance from the dataset's. The texts of the
     first ``max_prompts`` prompts are written into the page; the means are over all prompts. The file is about
