@@ -24,10 +24,11 @@ app.command("tasks")(tasks.tasks)
 app.command("demo")(demo.demo)
 
 
-def _version(show: bool) -> None:
+def _version(show: bool) -> bool:
     if show:
         typer.echo(f"fastinterp {fastinterp.__version__}")
         raise typer.Exit
+    return show
 
 
 @app.callback()

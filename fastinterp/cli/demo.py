@@ -50,13 +50,13 @@ def demo(
     for name in ("direct_effect", "logit_diff_zero"):
         array = dataset[name].compute()
         top = top_heads(array, k=10)
-        sign = array.attrs["sign"]
-        for direction, table in (("most positive", top.positive), ("most negative", top.negative)):
-            print_table(
-                f"{array.attrs['long_name']}: {direction} heads ({array.attrs['units']}, {sign})",
-                tuple(table.columns),
-                [[f"{c:+.3f}" if isinstance(c, float) else c for c in row] for row in table.itertuples(index=False)],
-            )
+        for direction, table in (("positive", top.positive), ("negative", top.negative)):
+            rows = [
+                (head, f"{mean:+.3f}", f"{error:.3f}", n_prompts)
+                for head, mean, error, n_prompts in table.itertuples(index=False, name=None)
+            ]
+            title = f"{array.attrs['long_name']}, most {direction} ({array.attrs['units']}; {array.attrs['sign']})"
+            print_table(title, ("head", "mean", "standard error", "prompts"), rows)
             say()
     write_html(dataset, page, title="Indirect object identification in SmolLM2-135M")
     say(f"store: {store}    open it with fastinterp.open({str(store)!r}) or xarray.open_zarr({str(store)!r})")

@@ -25,7 +25,8 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table; cells are shown as they are, never read as markup."""
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    say(title)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:
         table.add_column(Text(column))
     for row in rows:
