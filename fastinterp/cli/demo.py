@@ -13,7 +13,8 @@ from fastinterp.cli.output import duration, print_table, say
 from fastinterp.cli.scan import run_and_tell
 from fastinterp.engine import open as open_dataset
 from fastinterp.engine import plan
-from fastinterp.errors import ModelSourceError
+from fastinterp.engine.plan import check_counts
+from fastinterp.errors import ModelSourceError, OptionError
 from fastinterp.prompts import ioi
 from fastinterp.report import top_heads, write_html
 
@@ -27,6 +28,10 @@ def demo(
 ) -> None:
     """Scan SmolLM2-135M on indirect object identification: which heads move the name that is the answer?"""
     began = time.perf_counter()
+    # Before half a minute goes into loading.
+    check_counts(limit=None, ablation_limit=ablation_limit, batch_tokens="auto")
+    if n < 1:
+        raise OptionError(f"n={n} is not positive: say how many prompts to make")
     path = find_smollm2()
     out.mkdir(parents=True, exist_ok=True)
     prompt_file, store, page = out / "prompts.jsonl", out / "ioi.zarr", out / "ioi.html"

@@ -35,7 +35,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     Console(width=width, soft_wrap=False).print(table)
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int | float) -> str:
     """Returns ``1.2 MB`` and the like."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
