@@ -97,10 +97,11 @@ def _mean_column(
     b_U: Float[Tensor, " d_vocab"] | None,
     tokens: Int[Tensor, "batch k"],
 ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
-    present = (tokens >= 0).to(W_U.dtype)
+    # At least float32: the difference of two logits is smaller than they are.
+    present = (tokens >= 0).to(torch.promote_types(W_U.dtype, torch.float32))
     share = present / present.sum(-1, keepdim=True)
     columns = W_U[:, tokens.clamp(min=0).flatten()].view(W_U.shape[0], *tokens.shape)
-    u = torch.einsum("dbk,bk->bd", columns, share)
+    u = torch.einsum("dbk,bk->bd", columns.to(share.dtype), share)
     c = u.new_zeros(len(tokens)) if b_U is None else (b_U[tokens.clamp(min=0)] * share).sum(-1)
     return u, c
 
@@ -119,7 +120,7 @@ def evaluate(
     """
     if metric.linear:
         u, c = answer_direction(W_U, b_U, answer, wrong if "wrong" in metric.needs else None)
-        return torch.einsum("vbd,bd->vb", x, u) + c
+        return torch.einsum("vbd,bd->vb", x.to(u.dtype), u) + c
     rows = x.flatten(0, 1)
     scored = linear_logprob(rows, W_U, answer.repeat(x.shape[0], 1), b_U)
     total = torch.logsumexp(scored.target_logit.nan_to_num(nan=-torch.inf), dim=-1) - scored.logsumexp
@@ -137,7 +138,7 @@ def evaluate_loss(
     n_pos = tokens.shape[1]
     positions = torch.arange(n_pos, device=tokens.device)
     scored = positions[None, :] < (n_tokens - 1)[:, None]
-    loss = x.new_full(x.shape[:3], torch.nan)
+    loss = x.new_full(x.shape[:3], torch.nan, dtype=torch.promote_types(x.dtype, torch.float32))
     target = tokens.roll(-1, dims=1)[scored]
     rows = x[:, scored]
     result = linear_logprob(rows.flatten(0, 1), W_U, target.repeat(x.shape[0])[:, None], b_U)

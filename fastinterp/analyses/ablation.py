@@ -7,12 +7,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from fastinterp.analyses.base import Field, collect, head_coords, tokenized
+from fastinterp.analyses.base import Field, collect, final_scale, head_coords, tokenized
 from fastinterp.errors import check_choice
 from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
 from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.model import Model
-from fastinterp.model.norms import normalize
+from fastinterp.model.norms import apply_affine, center, divide
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import head_variants, run_variants
@@ -136,7 +136,8 @@ class Ablation:
     def _measure(self, model: Model, resid: Tensor, batch: Batch) -> Tensor:
         """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``."""
         weights = model.weights
-        x = normalize(model.spec.norm, resid, weights.ln_final)
+        scale = final_scale(model, resid, batch, every_position=self.metric.per_token)
+        x = apply_affine(divide(center(model.spec.norm, resid), scale), weights.ln_final)
         if self.metric.per_token:
             return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens)
         assert batch.answer is not None

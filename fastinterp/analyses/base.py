@@ -15,6 +15,7 @@ from torch import Tensor
 from fastinterp.errors import MetricError, NonFiniteError, OptionError, SiteRangeError
 from fastinterp.metrics import Metric
 from fastinterp.model.model import Model
+from fastinterp.model.norms import norm_scale
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import head_label
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
@@ -121,20 +122,41 @@ def mask_padding(values: Tensor, batch: Batch) -> Tensor:
     return values.masked_fill(~mask, torch.nan)
 
 
-def check_finite(name: str, values: Tensor, batch: Batch) -> None:
-    """Raises :class:`NonFiniteError` if a result is infinite, or NaN where a prompt has a value."""
+def check_finite(field: Field, metric: Metric, values: Tensor, batch: Batch) -> None:
+    """Raises :class:`NonFiniteError` for a value that is NaN or infinite, except where a prompt has none.
+
+    Along ``pos`` that is padding, and for a metric of the next token a prompt's last token.
+    """
     bad = ~torch.isfinite(values)
-    if values.ndim > 1 and values.shape[1] == batch.tokens.shape[1]:
-        bad &= ~torch.isnan(values) | batch.mask.view(*batch.mask.shape, *[1] * (values.ndim - 2))
-    if name.startswith("loss"):
-        # The last token of a prompt has no next token, so no loss.
-        bad &= ~torch.isnan(values)
+    if "pos" in field.dims:
+        has_value = batch.mask
+        if metric.per_token:
+            has_value = has_value & (torch.arange(values.shape[1], device=values.device) < batch.last[:, None])
+        bad &= has_value.view(*has_value.shape, *[1] * (values.ndim - 2))
+    raise_non_finite(field.name, bad.flatten(1).any(-1) if bad.ndim > 1 else bad, batch)
+
+
+def raise_non_finite(what: str, bad: Tensor, batch: Batch) -> None:
+    """Raises :class:`NonFiniteError` naming the first prompt for which ``bad`` is true."""
     if bool(bad.any()):
-        first = int(bad.flatten(1).any(-1).nonzero()[0, 0]) if bad.ndim > 1 else int(bad.nonzero()[0, 0])
+        first = int(bad.nonzero()[0, 0])
         raise NonFiniteError(
-            f"{name} is not finite for prompt {int(batch.indices[first])} (id {batch.ids[first]!r}): activations "
-            "overflowed; load the model with dtype=torch.float32"
+            f"{what} is not finite for prompt {int(batch.indices[first])} (id {batch.ids[first]!r}): activations "
+            "overflowed; load the model with dtype=torch.float32 (--dtype float32)"
         )
+
+
+def final_scale(model: Model, resid: Tensor, batch: Batch, *, every_position: bool) -> Tensor:
+    """Returns the final norm's scale of residuals ``[.., batch, d_model]``, or ``[.., batch, pos, d_model]``.
+
+    Raises :class:`NonFiniteError` where it is not finite: dividing by infinity would turn an overflow into zeros.
+    """
+    scale = norm_scale(model.spec.norm, resid)
+    bad = ~torch.isfinite(scale.squeeze(-1))
+    if every_position:
+        bad = (bad & batch.mask).any(-1)
+    raise_non_finite("the final residual", bad.view(-1, len(batch)).any(0), batch)
+    return scale
 
 
 def provenance(model: Model) -> dict[str, Any]:
@@ -174,9 +196,10 @@ def collect(analysis: Analysis, model: Model, prompts: TokenizedPrompts) -> xr.D
 
 def compute_checked(analysis: Analysis, model: Model, batch: Batch) -> dict[str, Tensor]:
     """Computes one batch on the model's device and refuses results that are not finite."""
-    values = analysis.compute(model, batch.to(model.device))
-    for name, array in values.items():
-        check_finite(name, array.cpu(), batch)
+    batch = batch.to(model.device)
+    values = analysis.compute(model, batch)
+    for described in analysis.fields(model.spec, batch.tokens.shape[1]):
+        check_finite(described, analysis.metric, values[described.name], batch)
     return values
 
 

@@ -13,6 +13,7 @@ from fastinterp.analyses.base import (
     Pos,
     check_pos,
     collect,
+    final_scale,
     head_coords,
     mask_padding,
     positions,
@@ -23,7 +24,6 @@ from fastinterp.metrics import Metric, answer_direction, get_metric
 from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.intervene import Taps
 from fastinterp.model.model import Model
-from fastinterp.model.norms import norm_scale
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import residual_labels
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
@@ -172,8 +172,8 @@ class DirectLogitAttribution:
             weights.W_U, weights.b_U, batch.answer, batch.wrong if "wrong" in self.metric.needs else None
         )
         u, constant = through_final_norm(model, u, constant)
-        scale = norm_scale(spec.norm, resid).squeeze(-1)
-        values = self._project(model, taps, u, constant, scale)
+        scale = final_scale(model, resid if at is None else resid.squeeze(1), batch, every_position=at is None)
+        values = self._project(model, taps, u, constant, scale.view(len(batch), -1))
         if at is None:
             return {NAMES[self.unit]: mask_padding(values, batch)}
         return {NAMES[self.unit]: values.squeeze(1)}
@@ -192,12 +192,12 @@ class DirectLogitAttribution:
         for layer, w in enumerate(blocks):
             match self.unit:
                 case "head":
-                    along = torch.einsum("hed,bd->bhe", w.W_O, u)
-                    per_layer.append(torch.einsum("bphe,bhe->bph", taps.values["z", layer], along))
+                    along = torch.einsum("hed,bd->bhe", w.W_O.to(u.dtype), u)
+                    per_layer.append(torch.einsum("bphe,bhe->bph", taps.values["z", layer].to(u.dtype), along))
                 case "neuron":
-                    per_layer.append(taps.values["post", layer] * (u @ w.W_out.t())[:, None, :])
+                    per_layer.append(taps.values["post", layer] * (u @ w.W_out.t().to(u.dtype))[:, None, :])
                 case _:
-                    sites = [taps.values[site, layer] for site in SITES[self.unit]]
+                    sites = [taps.values[site, layer].to(u.dtype) for site in SITES[self.unit]]
                     written = torch.stack([torch.einsum("bpd,bd->bp", site, u) for site in sites], dim=-1)
                     per_layer.append(written.sum(-1) if self.unit == "layer" else written)
         values = torch.stack(per_layer, dim=2)
@@ -205,7 +205,7 @@ class DirectLogitAttribution:
         if self.unit != "component":
             return values
         embeds = [taps.values[name, None] for name in ("embed", "pos_embed") if (name, None) in taps.values]
-        first = torch.stack([torch.einsum("bpd,bd->bp", e, u) / scale for e in embeds], dim=-1)
+        first = torch.stack([torch.einsum("bpd,bd->bp", e.to(u.dtype), u) / scale for e in embeds], dim=-1)
         bias = constant[:, None, None].expand(*scale.shape, 1)
         assert values.shape[2:] == (spec.n_layers, 2)
         return torch.cat([first, values.flatten(2), bias], dim=-1)
@@ -222,7 +222,7 @@ def through_final_norm(
     """Returns ``u'``, ``c'`` with ``metric = (resid / scale) . u' + c'``: the norm's centring and affine part moved."""
     norm = model.weights.ln_final
     if norm.b is not None:
-        constant = constant + u @ norm.b
+        constant = constant + u @ norm.b.to(u.dtype)
     if norm.w is not None:
         u = u * norm.w
     if model.spec.norm.kind == "layer":

@@ -7,13 +7,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from fastinterp.analyses.base import Field, Pos, check_pos, collect, mask_padding, positions, tokenized
+from fastinterp.analyses.base import Field, Pos, check_pos, collect, final_scale, mask_padding, positions, tokenized
 from fastinterp.errors import MetricError, check_choice
 from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
 from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.intervene import Taps
 from fastinterp.model.model import Model
-from fastinterp.model.norms import apply_affine, center, norm_scale
+from fastinterp.model.norms import apply_affine, center, divide, norm_scale
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import accumulated_labels
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
@@ -131,12 +131,12 @@ class LogitLens:
             final = forward(spec, weights, batch.tokens, taps=taps)
         else:
             final = forward_at(spec, weights, batch.tokens, batch.n_tokens, at, taps=taps)
-        final_scale = norm_scale(spec.norm, final)
+        last_scale = final_scale(model, final, batch, every_position=at is None)
         sites = [taps.values[name, layer] for layer in range(spec.n_layers) for name in ("resid_pre", "resid_mid")]
         columns = []
         for resid in [*sites, final]:
-            divisor = final_scale if self.scale == "frozen" else norm_scale(spec.norm, resid)
-            x = apply_affine(center(spec.norm, resid) / divisor, weights.ln_final)
+            divisor = last_scale if self.scale == "frozen" else norm_scale(spec.norm, resid)
+            x = apply_affine(divide(center(spec.norm, resid), divisor), weights.ln_final)
             if self.metric.per_token:
                 columns.append(
                     evaluate_loss(x[None], weights.W_U, weights.b_U, batch.tokens, batch.n_tokens).squeeze(0)

@@ -110,7 +110,7 @@ def plan(
         model,
         prepend_bos=prepend_bos,
         answer_token=answer_token,
-        on_bad=bad_prompts,
+        bad_prompts=bad_prompts,
         require=get_metric(metric).needs,
     )
     for chosen in analyses.values():

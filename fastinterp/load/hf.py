@@ -1,5 +1,7 @@
 """Hugging Face models: an object in memory, a local directory, or a hub name."""
 
+import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ def load_directory(
             f"{source!r} has no config.json (it has: {', '.join(found) or 'nothing'}): give a directory as "
             "save_pretrained writes it, or a .gguf file"
         )
+    # Asked first, because transformers does not know every model_type either.
+    family_of(str(read_json(path / "config.json").get("model_type")))
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if tokenizer is None and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -101,19 +105,51 @@ def load_hub(
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Reads every weight file of a directory: safetensors, else ``.bin`` (tensors only, no code is run)."""
+    """Reads the weight files of a directory: safetensors, else ``.bin`` (tensors only, no code is run)."""
     import safetensors.torch
+    from safetensors import SafetensorError
 
     checkpoint: dict[str, Tensor] = {}
-    for pattern in WEIGHT_FILES:
-        for file in sorted(path.glob(pattern)):
+    for file in weight_files(path):
+        try:
             if file.suffix == ".safetensors":
                 checkpoint |= safetensors.torch.load_file(file)
             else:
                 checkpoint |= torch.load(file, map_location="cpu", weights_only=True)
-        if checkpoint:
-            return checkpoint
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ModelSourceError(
+                f"{str(file)!r} cannot be read ({str(error).splitlines()[0]}): fetch it again (a git-lfs pointer is not"
+                " the file itself)"
+            ) from error
+    return checkpoint
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Returns the files that an index names, or that match the usual names; other files are left alone."""
+    for index in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            absent = [file.name for file in files if not file.is_file()]
+            if absent:
+                raise ModelSourceError(f"{str(path)!r} lacks {', '.join(absent)}, which {index.name} names")
+            return files
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    for pattern in WEIGHT_FILES:
+        if files := sorted(path.glob(pattern)):
+            return files
     raise ModelSourceError(f"{str(path)!r} has no weight files ({' or '.join(WEIGHT_FILES)})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises :class:`ModelSourceError` if it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelSourceError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelSourceError(f"{str(path)!r} is not a JSON object")
+    return values
 
 
 def assemble(

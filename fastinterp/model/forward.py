@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastinterp.model.attention import Frame, affine, attend, attend_from, make_frame, project_qkv
 from fastinterp.model.intervene import NO_TAPS, Taps
-from fastinterp.model.norms import apply_affine, center, norm_scale, normalize
+from fastinterp.model.norms import apply_affine, center, divide, norm_scale, normalize
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
@@ -181,7 +181,7 @@ def tapped_norm(
     if not (taps.wants(f"{name}_scale", layer) or taps.wants(f"{name}_normalized", layer)):
         return normalize(spec.norm, resid, weights)
     scale = taps(f"{name}_scale", layer, norm_scale(spec.norm, resid))
-    return apply_affine(taps(f"{name}_normalized", layer, center(spec.norm, resid) / scale), weights)
+    return apply_affine(taps(f"{name}_normalized", layer, divide(center(spec.norm, resid), scale)), weights)
 
 
 def final_logits(

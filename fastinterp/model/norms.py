@@ -10,12 +10,23 @@ from fastinterp.model.weights import NormWeights
 
 
 def norm_scale(norm: Norm, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
-    """Returns what the (centred) residual is divided by: ``sqrt(mean(x^2) + eps)``, as ``hook_scale``."""
+    """Returns what the (centred) residual is divided by: ``sqrt(mean(x^2) + eps)``, as ``hook_scale``.
+
+    At least float32: the square of a residual of ordinary size overflows float16.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm.kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    # Dividing by an overflown scale would give zeros, which look like numbers; NaN is seen at the end.
+    mean_square = mean_square.masked_fill(mean_square == torch.inf, torch.nan)
     scale: Tensor = (mean_square + norm.eps).sqrt()
     return scale
+
+
+def divide(x: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows 1"]) -> Float[Tensor, "*rows d_model"]:
+    """Returns ``x / scale`` in the dtype of ``x``."""
+    return (x / scale).to(x.dtype)
 
 
 def center(norm: Norm, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
@@ -36,4 +47,4 @@ def normalize(norm: Norm, x: Float[Tensor, "*rows d_model"], weights: NormWeight
     """Returns the norm of ``x``: in front of a sublayer, or of the unembedding."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weights.w, weights.b, norm.eps)
-    return apply_affine(x / norm_scale(norm, x), weights)
+    return apply_affine(divide(x, norm_scale(norm, x)), weights)

@@ -165,7 +165,7 @@ class PromptSet:
         *,
         prepend_bos: bool | None = None,
         answer_token: Literal["single", "first"] = "single",
-        on_bad: Literal["error", "reject"] = "error",
+        bad_prompts: Literal["error", "reject"] = "error",
         require: Collection[RequiredColumn] = (),
     ) -> TokenizedPrompts:
         """Returns the token ids of every prompt and answer, checked against the model.
@@ -186,11 +186,11 @@ class PromptSet:
         - :class:`~fastinterp.errors.PromptPairError`: a corrupt prompt that is missing in this row only, or
           differs from the clean one in token count.
 
-        ``on_bad="reject"`` lists such rows in ``rejected`` instead and leaves them out of batches. A text
+        ``bad_prompts="reject"`` lists such rows in ``rejected`` instead and leaves them out of batches. A text
         prompt without a tokenizer raises :class:`~fastinterp.errors.TokenizerMissingError`, an unknown option
         :class:`~fastinterp.errors.OptionError`, both in any case.
 
-        >>> tokenized = prompts.tokenize(model, on_bad="reject")  # doctest: +SKIP
+        >>> tokenized = prompts.tokenize(model, bad_prompts="reject")  # doctest: +SKIP
         >>> [rejection.reason for rejection in tokenized.rejected]  # doctest: +SKIP
         ["answer ' Alessandra' of prompt 17 (id '17') is 3 tokens (' Aless', 'and', 'ra'): ..."]
         """
@@ -198,7 +198,7 @@ class PromptSet:
         from fastinterp.prompts.tokenizing import tokenize_prompts
 
         return tokenize_prompts(
-            self, model, prepend_bos=prepend_bos, answer_token=answer_token, on_bad=on_bad, require=require
+            self, model, prepend_bos=prepend_bos, answer_token=answer_token, bad_prompts=bad_prompts, require=require
         )
 
     def missing_column(self, name: RequiredColumn) -> str:
@@ -208,7 +208,8 @@ class PromptSet:
             hint = f" (the file has other columns{hint})"
         return (
             f"no prompt has a value in the column {name!r}{hint}: give it in PromptSet.of({name}=[...]), "
-            f'or say which column of the file holds it: columns={{"{name}": "<its name in the file>"}}'
+            f'or say which column of the file holds it: columns={{"{name}": "<its name in the file>"}} '
+            f"(--column {name}=<its name in the file>)"
         )
 
 

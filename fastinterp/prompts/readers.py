@@ -48,7 +48,8 @@ def _choose(path: Path, found: dict[str, list[Any]], columns: dict[str, str]) ->
             there = ", ".join(map(repr, found))
             raise PromptFileError(
                 f"{path} has no column {column!r}, only {there}{nearest(column, found)}. "
-                f'Say which column holds the {name}: columns={{"{name}": "<its name in the file>"}}'
+                f'Say which column holds the {name}: columns={{"{name}": "<its name in the file>"}} '
+                f"(--column {name}=<its name in the file>)"
             )
     values = {name: found[column] for name, column in wanted.items() if column in found}
     if path.suffix.lower() == ".csv":

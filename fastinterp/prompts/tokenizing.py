@@ -24,6 +24,9 @@ from fastinterp.prompts.tokenized import Rejection, TokenizedPrompts
 AnswerToken = Literal["single", "first"]
 _SHOWN = 10
 
+# What to type, in Python and on the command line.
+REJECT = 'bad_prompts="reject" (--bad-prompts reject)'
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoded:
@@ -45,12 +48,12 @@ def tokenize_prompts(
     *,
     prepend_bos: bool | None,
     answer_token: AnswerToken,
-    on_bad: Literal["error", "reject"],
+    bad_prompts: Literal["error", "reject"],
     require: Collection[RequiredColumn],
 ) -> TokenizedPrompts:
     """Does the work of :meth:`fastinterp.prompts.PromptSet.tokenize`."""
     check_choice("answer_token", answer_token, ("single", "first"))
-    check_choice("on_bad", on_bad, ("error", "reject"))
+    check_choice("bad_prompts", bad_prompts, ("error", "reject"))
     for name in require:
         check_choice("require", name, ("answer", "wrong", "corrupt"))
         if getattr(prompts, name) is None:
@@ -67,7 +70,7 @@ def tokenize_prompts(
         words=_encode_words(model, prompts),
     )
     problems = {row: problem for row in range(len(prompts)) if (problem := next(_problems(encoded, row), None))}
-    if problems and on_bad == "error":
+    if problems and bad_prompts == "error":
         raise _combined(list(problems.values()), len(prompts))
     kept = [row not in problems for row in range(len(prompts))]
     tokens = _arrays(encoded.clean, kept)
@@ -172,7 +175,7 @@ def _problems(encoded: _Encoded, row: int) -> Iterator[PromptError]:
         values = getattr(prompts, column)
         value = None if values is None else values[row]
         if value is None and column in encoded.require:
-            yield AnswerTokenError(f'{name} has no {column}: give one, or leave the prompt out with on_bad="reject"')
+            yield AnswerTokenError(f"{name} has no {column}: give one, or leave the prompt out with {REJECT}")
         for word in _alternatives(value):
             yield from _word_problems(encoded, word, column, name)
     if prompts.answer is not None and prompts.wrong is not None:
@@ -231,7 +234,7 @@ def _word_problems(encoded: _Encoded, word: str | int, column: str, name: str) -
         yield AnswerTokenError(
             f"{column} {word!r} of {name} is {len(tokens)} tokens ({pieces}): "
             f"give a one-token answer{_space_hint(encoded, word)}, "
-            'or answer_token="first" to score its first token'
+            'or answer_token="first" (--answer-token first) to score its first token'
         )
     yield from _out_of_range(tokens[:1], d_vocab, f"{column} {word!r} of {name}")
 
@@ -251,6 +254,5 @@ def _combined(problems: list[PromptError], size: int) -> PromptError:
     shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return type(problems[0])(
-        f"{len(problems)} of {size} prompts cannot be used:{shown}{more}\n"
-        'Mend them, or leave them out with on_bad="reject"'
+        f"{len(problems)} of {size} prompts cannot be used:{shown}{more}\nMend them, or leave them out with {REJECT}"
     )

@@ -20,14 +20,12 @@ def tokenized(id_model):
         wrong=[row + 5 for row in range(60)],
         corrupt=[[row + 100 for row in tokens] for tokens in rows],
         ids=[f"p{row}" for row in range(60)],
-    ).tokenize(id_model, on_bad="reject")
+    ).tokenize(id_model, bad_prompts="reject")
 
 
 def test_batches_hold_every_accepted_prompt_once_within_the_budget(tokenized):
     batches = tokenized.batches(64)
-    assert (
-        sorted(index for batch in batches for index in batch.indices.tolist()) == tokenized.accepted.tolist()
-    )
+    assert sorted(index for batch in batches for index in batch.indices.tolist()) == tokenized.accepted.tolist()
     assert 7 not in tokenized.accepted
     for batch in batches:
         assert batch.tokens.numel() <= 64

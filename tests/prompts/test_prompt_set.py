@@ -105,9 +105,7 @@ def test_jsonl_names_the_line(tmp_path, line, message):
 def test_csv_keeps_text_as_it_is(tmp_path):
     path = tmp_path / "prompts.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows(
-            [["prompt", "answer", "note"], *([text, " 12", ""] for text in HARD), ["", "", ""]]
-        )
+        csv.writer(file).writerows([["prompt", "answer", "note"], *([text, " 12", ""] for text in HARD), ["", "", ""]])
     prompts = PromptSet.read(path)
     assert prompts.prompts == (*HARD, "")
     assert prompts.answer == (*[" 12"] * len(HARD), None)
@@ -155,9 +153,7 @@ def test_columns_can_be_remapped(tmp_path):
 def test_a_missing_column_lists_the_columns_and_how_to_remap(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text("promt,answer\na, x\n")
-    with pytest.raises(
-        PromptFileError, match=r"only 'promt', 'answer'; did you mean 'promt'\?.*columns=\{\"prompt\""
-    ):
+    with pytest.raises(PromptFileError, match=r"only 'promt', 'answer'; did you mean 'promt'\?.*columns=\{\"prompt\""):
         PromptSet.read(path)
     with pytest.raises(PromptFileError, match="no column 'target'"):
         PromptSet.read(path, columns={"prompt": "promt", "answer": "target"})

@@ -31,9 +31,7 @@ def test_text_gets_bos_as_asked(text_model):
         assert [row.tolist() for row in tokenized.tokens] == [[bos] * expected + ids for ids in plain]
         assert tokenized.n_tokens.tolist() == [len(ids) + expected for ids in plain]
         assert all(row.dtype == np.int32 for row in tokenized.tokens)
-    without = dataclasses.replace(
-        text_model, spec=dataclasses.replace(text_model.spec, default_prepend_bos=False)
-    )
+    without = dataclasses.replace(text_model, spec=dataclasses.replace(text_model.spec, default_prepend_bos=False))
     assert prompts.tokenize(without).prepend_bos is False
 
 
@@ -72,9 +70,7 @@ def test_text_needs_a_tokenizer(id_model, columns):
 
 def test_answers_become_single_tokens_without_bos(text_model):
     mary, john, tom = (token(text_model, name) for name in (" Mary", " John", " Tom"))
-    prompts = PromptSet.of(
-        ["a", "b", "c"], answer=[" Mary", [" John", tom], None], wrong=[john, " Mary", " Tom"]
-    )
+    prompts = PromptSet.of(["a", "b", "c"], answer=[" Mary", [" John", tom], None], wrong=[john, " Mary", " Tom"])
     tokenized = prompts.tokenize(text_model)
     assert tokenized.answer.tolist() == [[mary, -1], [john, tom], [-1, -1]]
     assert tokenized.wrong.tolist() == [[john], [mary], [tom]]
@@ -89,7 +85,7 @@ def test_a_longer_answer_shows_its_tokenisation(text_model):
         prompts.tokenize(text_model)
     assert str(caught.value) == (
         "answer ' Maryn' of prompt 17 (id '17') is 2 tokens (' Mary', 'n'): give a one-token answer, "
-        'or answer_token="first" to score its first token'
+        'or answer_token="first" (--answer-token first) to score its first token'
     )
     first = prompts.tokenize(text_model, answer_token="first")
     assert first.answer[17].tolist() == [token(text_model, " Mary")]
@@ -102,9 +98,7 @@ def test_the_forgotten_space_is_pointed_out(text_model):
 
 
 def test_alternatives_that_come_to_one_token_count_once(text_model):
-    tokenized = PromptSet.of(["a"], answer=[[" Mary", " Maryn", " John"]]).tokenize(
-        text_model, answer_token="first"
-    )
+    tokenized = PromptSet.of(["a"], answer=[[" Mary", " Maryn", " John"]]).tokenize(text_model, answer_token="first")
     assert tokenized.answer.tolist() == [[token(text_model, " Mary"), token(text_model, " John")]]
 
 
@@ -141,7 +135,7 @@ def test_bad_rows_raise_and_can_be_rejected(text_model, columns, error, message)
     prompts = PromptSet.of(**columns)
     with pytest.raises(error, match=message) as caught:
         prompts.tokenize(text_model)
-    tokenized = prompts.tokenize(text_model, on_bad="reject")
+    tokenized = prompts.tokenize(text_model, bad_prompts="reject")
     (rejection,) = tokenized.rejected
     bad = len(prompts) - 1
     assert rejection == Rejection(index=bad, id=str(bad), reason=str(caught.value))
@@ -170,13 +164,13 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(text_model):
     assert "prompt 14 (id '14')" in message
     assert "prompt 15 (id '15')" not in message
     assert "and 3 more" in message
-    assert 'on_bad="reject"' in message
-    assert len(prompts.tokenize(text_model, on_bad="reject").rejected) == 13
+    assert 'bad_prompts="reject"' in message
+    assert len(prompts.tokenize(text_model, bad_prompts="reject").rejected) == 13
 
 
 def test_rejected_rows_keep_the_others_in_place(text_model):
     prompts = PromptSet.of(["a", "", "b"], answer=[" Mary", " Tom", " John"], corrupt=["b", "a", "a"])
-    tokenized = prompts.tokenize(text_model, on_bad="reject")
+    tokenized = prompts.tokenize(text_model, bad_prompts="reject")
     alone = prompts.head(1).tokenize(text_model)
     assert tokenized.accepted.tolist() == [0, 2]
     assert tokenized.n_tokens.tolist() == [2, 0, 2]
@@ -190,15 +184,15 @@ def test_required_columns(text_model, tmp_path):
     prompts = PromptSet.of(["a", "b"], answer=[" Mary", None], wrong=[" John", " Tom"])
     with pytest.raises(AnswerTokenError, match=r"prompt 1 \(id '1'\) has no answer"):
         prompts.tokenize(text_model, require=["answer", "wrong"])
-    assert prompts.tokenize(text_model, require=["answer"], on_bad="reject").accepted.tolist() == [0]
+    assert prompts.tokenize(text_model, require=["answer"], bad_prompts="reject").accepted.tolist() == [0]
     with pytest.raises(PromptPairError, match="column 'corrupt'"):
-        prompts.tokenize(text_model, require=["corrupt"], on_bad="reject")
+        prompts.tokenize(text_model, require=["corrupt"], bad_prompts="reject")
     (tmp_path / "p.csv").write_text("prompt,anwser\na, Mary\n")
     with pytest.raises(AnswerTokenError, match="did you mean 'anwser'"):
         PromptSet.read(tmp_path / "p.csv").tokenize(text_model, require=["answer"])
 
 
-@pytest.mark.parametrize("option", [{"answer_token": "last"}, {"on_bad": "skip"}, {"require": ["anser"]}])
+@pytest.mark.parametrize("option", [{"answer_token": "last"}, {"bad_prompts": "skip"}, {"require": ["anser"]}])
 def test_unknown_options(text_model, option):
     with pytest.raises(Exception, match=next(iter(option))):
         PromptSet.of(["a"]).tokenize(text_model, **option)

@@ -73,9 +73,7 @@ class Page(HTMLParser):
     def figure(self, name: str) -> tuple[list[dict], dict, dict]:
         """Returns traces, layout and configuration of one figure."""
         (call,) = [
-            text
-            for _, text in self.scripts
-            if "newPlot" in text and f'"figure-{name}"' in text and len(text) < 1e6
+            text for _, text in self.scripts if "newPlot" in text and f'"figure-{name}"' in text and len(text) < 1e6
         ]
         decoder, found = json.JSONDecoder(), []
         position = call.index("[", call.index("Plotly.newPlot("))
@@ -184,9 +182,7 @@ def test_nasty_text_stays_text(make_scan, page):
     assert found.data["arrays"][0]["title"] == NASTY
     assert found.data["arrays"][0]["labels"] == ["</script>", '"', "a", "b"]
     assert "b" not in {tag for tag, _ in found.elements}
-    assert not any(
-        "alert(1)" in text for attributes, text in found.scripts if not attributes and "newPlot" not in text
-    )
+    assert not any("alert(1)" in text for attributes, text in found.scripts if not attributes and "newPlot" not in text)
     assert "49" not in found.cells[1][2]
     traces, _, _ = found.figure("map-direct_effect")
     assert traces[0]["hovertext"][0][0].startswith("<b>&lt;/script&gt;</b>"), "plotly reads labels as HTML"
@@ -211,9 +207,7 @@ def test_prompts_are_capped_and_the_page_says_so(make_scan, page):
     assert [row[0] for row in found.cells] == ["#", "0", "1", "2", "3", "4"]
     assert "The first 5 of 1,234 prompts are listed" in found.text
     assert "Prompt number 5 " not in found.text
-    assert {row for array in found.data["arrays"] for head in array["prompts"] for row, _ in head} <= set(
-        range(5)
-    )
+    assert {row for array in found.data["arrays"] for head in array["prompts"] for row, _ in head} <= set(range(5))
     assert "the 5 prompts on this page (of 1,234)" in found.text
     assert "mean over 1,234 prompts" in " ".join(found.text.split())
     whole = page(dataset, max_prompts=1234)
@@ -310,9 +304,7 @@ def test_profiles_by_layer_and_by_site(make_scan, page):
     dataset = make_scan(n_layers=3, n_heads=1, n_prompts=2)
     values = np.array([[1.0, 2.0, NAN], [3.0, 2.0, NAN]], dtype="f4")
     dataset["lens"] = (("prompt", "layer"), values, {"units": "logits", "long_name": "logit lens"})
-    dataset["parts"] = xr.DataArray(
-        values, dims=("prompt", "site"), coords={"site": ["embed", "<b>", "0_mlp_out"]}
-    )
+    dataset["parts"] = xr.DataArray(values, dims=("prompt", "site"), coords={"site": ["embed", "<b>", "0_mlp_out"]})
     found = page(dataset)
     (line,), layout, _ = found.figure("profile-lens")
     assert line["type"] == "scatter"

@@ -81,9 +81,7 @@ def test_statistics_do_not_depend_on_the_block_size(monkeypatch, block_values):
         column = values[:, *index]
         column = column[~np.isnan(column)]
         assert found.mean[index] == pytest.approx(column.mean(), rel=1e-14)
-        assert found.standard_error[index] == pytest.approx(
-            column.std(ddof=1) / math.sqrt(len(column)), rel=1e-9
-        )
+        assert found.standard_error[index] == pytest.approx(column.std(ddof=1) / math.sqrt(len(column)), rel=1e-9)
     assert math.isnan(found.mean[1, 1])
     assert math.isnan(found.standard_error[1, 1])
 

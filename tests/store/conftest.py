@@ -30,9 +30,7 @@ def reference(sample: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def read_tree(path: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()
-    }
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="session")

@@ -84,9 +84,7 @@ def make_block(spec: StoreSpec, block: int) -> dict[str, np.ndarray]:
         "direct_effect": effect,
         "resid_post": rng.standard_normal((n, N_POS, D_MODEL)).astype(np.float16),
         "tokens": tokens,
-        "prompt_text": np.array(
-            [f"prompt {i} + größer" if block != 1 else "" for i in range(n)], dtype=object
-        ),
+        "prompt_text": np.array([f"prompt {i} + größer" if block != 1 else "" for i in range(n)], dtype=object),
         "prompt_id": np.array([f"{block}-{i}" for i in range(n)], dtype=object),
         "status": np.full(n, 1 + block % 3, dtype=np.uint8),
     }
@@ -174,9 +172,7 @@ def choose_moments(events: list[str]) -> list[int]:
 
 def end_of_creation(events: list[str]) -> int:
     """The rename after which the store exists."""
-    return next(
-        i for i, event in enumerate(events) if event.startswith("os.rename") and event.endswith("run.zarr")
-    )
+    return next(i for i, event in enumerate(events) if event.startswith("os.rename") and event.endswith("run.zarr"))
 
 
 def hold(path: Path) -> None:

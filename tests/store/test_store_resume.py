@@ -21,9 +21,7 @@ def journal_keys(path):
 
 
 def chunk_keys(spec):
-    return sorted(
-        f"{a.name}/{key}" for a in spec.arrays for b in range(spec.n_blocks) for key in spec.chunk_keys(a, b)
-    )
+    return sorted(f"{a.name}/{key}" for a in spec.arrays for b in range(spec.n_blocks) for key in spec.chunk_keys(a, b))
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(sample, tmp_path, tree, reference):
@@ -201,9 +199,7 @@ def test_a_zarr_that_lost_its_side_folder_is_refused(sample, run, part):
     sample.fill(run)
     lost = getattr(StorePaths.of(run), part)
     lost.rename(run.parent / "elsewhere")
-    with pytest.raises(
-        StoreError, match=rf"has no {lost.relative_to(run.parent)}, so nobody .*move run.zarr.d back"
-    ):
+    with pytest.raises(StoreError, match=rf"has no {lost.relative_to(run.parent)}, so nobody .*move run.zarr.d back"):
         StoreWriter.open(run, sample.make_spec())
     assert StorePaths.of(run).side.exists() == (part != "side")
     with pytest.raises(StoreError, match="nobody can tell which"):

@@ -148,9 +148,7 @@ def test_description_while_it_is_written(sample, run):
 
 def test_zstd_stores_the_same_numbers_in_fewer_bytes(sample, tmp_path):
     n = 8
-    array = ArraySpec(
-        name="x", dims=("prompt", "pos"), shape=(n, 5000), dtype="float32", attrs={}, kind="result"
-    )
+    array = ArraySpec(name="x", dims=("prompt", "pos"), shape=(n, 5000), dtype="float32", attrs={}, kind="result")
     values = np.repeat(np.arange(n, dtype=np.float32)[:, None], 5000, axis=1)
     sizes = {}
     for compress in ("none", "zstd"):
