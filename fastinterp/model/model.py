@@ -94,8 +94,8 @@ class Model:
         if prepend_bos is None:
             prepend_bos = self.spec.default_prepend_bos
         plain = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        bos = self.bos_token_id
-        if not prepend_bos or bos is None:
+        bos = self.bos_token_id if prepend_bos else None
+        if bos is None:
             return [list(ids) for ids in plain]
         return [[bos, *ids] for ids in plain]
 
