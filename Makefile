@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/fastinterp demo --out demo
 
 test: setup lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
