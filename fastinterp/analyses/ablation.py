@@ -49,7 +49,7 @@ def ablate(
         (prompt) or (prompt, pos).
 
     Raises:
-        MetricError: prompts without the answers that the metric needs.
+        AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
 
     Memory: one residual stream per variant of a batch (at most 1 GiB, else the heads go in groups); no logits.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.

@@ -72,7 +72,8 @@ def direct_logit_attribution(
         Contributions in logits. Not included: anything indirect, that is through later components.
 
     Raises:
-        MetricError: a metric that is not linear, or prompts without answers.
+        MetricError: a metric that is not linear.
+        AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
         SiteRangeError: ``pos`` outside of a prompt.
 
     Memory: the captured sites at ``pos`` (``[batch, layer, head, d_head]``); never ``[.., d_vocab]`` or ``result``.

@@ -44,7 +44,7 @@ def logit_lens(
         Dims (prompt, site), in the metric's units.
 
     Raises:
-        MetricError: prompts without the answers that the metric needs.
+        AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
         SiteRangeError: ``pos`` outside of a prompt.
 
     Memory: the residuals at ``pos``; vocabulary tiles instead of ``[.., d_vocab]``.

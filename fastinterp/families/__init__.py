@@ -3,14 +3,31 @@
 A family is one file with a table, and one entry in ``FAMILIES``.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastinterp.families import gpt2, llama
 from fastinterp.families.base import Family
 from fastinterp.families.build import build_weights
 from fastinterp.families.config import Config
+from fastinterp.model.spec import ModelSpec
 
 FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, llama.FAMILY)
 
-__all__ = ["FAMILIES", "Config", "Family", "build_weights", "family_of"]
+__all__ = ["FAMILIES", "Config", "Family", "build_weights", "family_of", "read_spec"]
+
+
+def read_spec(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
+    """Returns family and spec of a Hugging Face config; ``defaults`` is the config of its class without arguments.
+
+    Raises :class:`UnknownFamilyError` for a ``model_type`` that no family reads, :class:`UnsupportedConfigError` for a
+    value that is not implemented, or a key that nobody read and that is neither harmless nor at its default.
+    """
+    family = family_of(str(values.get("model_type")))
+    config = Config(values)
+    spec = family.to_spec(config)
+    config.refuse_unread(lambda key, value: defaults.get(key) == value)
+    return family, spec
 
 
 def family_of(model_type: str) -> Family:

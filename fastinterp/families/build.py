@@ -80,7 +80,9 @@ class _Reader:
                 parts.append(tensor.t() if source.layout == "transposed" else tensor)
                 self.unread.discard(key)
             elif not template.endswith("?"):
-                raise CheckpointKeyError(f"the checkpoint lacks {key!r}{nearest(key, self.unread)}")
+                numbers = re.findall(r"\d+", key)
+                alike = [other for other in self.unread if re.findall(r"\d+", other) == numbers]
+                raise CheckpointKeyError(f"the checkpoint lacks {key!r}{nearest(key, alike)}")
         if not parts:
             return None
         if len(parts) != len(source.keys):

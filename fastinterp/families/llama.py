@@ -39,7 +39,8 @@ def to_spec(config: Config) -> ModelSpec:
             n_kv_heads=config.get("num_key_value_heads", n_heads),
             d_head=d_head,
             scale=default_attention_scale(d_head),
-            window=(config.get("sliding_window"),) * n_layers,
+            # Llama models do not read the key, even where a config has it.
+            window=(config.get("sliding_window") if config.get("model_type") == "mistral" else None,) * n_layers,
         ),
         mlp=Mlp(
             kind="gated",
@@ -55,27 +56,31 @@ def rotary(config: Config, d_head: int) -> Position:
     base = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     kind = rope.pop("rope_type", None) or rope.pop("type", "default")
     rope.pop("type", None)
-    match kind:
-        case "default":
-            scaling, known = None, set()
-        case "linear":
-            scaling, known = RopeScaling(kind="linear", factor=float(rope["factor"])), {"factor"}
-        case "llama3":
-            scaling = RopeScaling(
-                kind="llama3",
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_n_ctx=int(rope["original_max_position_embeddings"]),
-            )
-            known = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        case _:
-            raise UnsupportedConfigError(
-                f"config rope_type={kind!r} is not supported: only 'default', 'linear' or 'llama3'"
-            )
-    for key in set(rope) - known:
+    needed = {
+        "default": set(),
+        "linear": {"factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    }
+    if kind not in needed:
+        raise UnsupportedConfigError(
+            f"config rope_type={kind!r} is not supported: only {' or '.join(map(repr, needed))}"
+        ))}")
+    for key in sorted(needed[kind] - set(rope)):
+        raise UnsupportedConfigError(f"config rope_parameters lacks {key!r}, which rope_type={kind!r} needs")
+    for key in sorted(set(rope) - needed[kind]):
         if rope[key] is not None:
             raise UnsupportedConfigError(f"config rope_parameters[{key!r}]={rope[key]!r} is not supported")
+    scaling = None
+    if kind == "linear":
+        scaling = RopeScaling(kind="linear", factor=float(rope["factor"]))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            kind="llama3",
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_n_ctx=int(rope["original_max_position_embeddings"]),
+        )
     return Position(kind="rotary", rotary_dims=d_head, base=float(base), scaling=scaling)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastinterp.errors import CheckpointKeyError, ModelSourceError, UnsupportedConfigError
-from fastinterp.families import Config, build_weights, family_of
+from fastinterp.families import build_weights, family_of, read_spec
 from fastinterp.model.model import Model, Origin, Processing
 from fastinterp.model.process import process_weights
 
@@ -56,7 +56,12 @@ def load_directory(
         )
     # Asked first, because transformers does not know every model_type either.
     family_of(str(read_json(path / "config.json").get("model_type")))
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UnsupportedConfigError(
+            f"transformers cannot read {str(path / 'config.json')!r}: {type(error).__name__}: {error}"
+        ) from error
     if tokenizer is None and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return assemble(
@@ -169,11 +174,7 @@ def assemble(
             f"config quantization_config={dict(quantization).get('quant_method')!r} is not supported: load the "
             "unquantised checkpoint, or a .gguf file"
         )
-    family = family_of(values["model_type"])
-    defaults = type(hf_config)().to_dict()
-    config = Config(values)
-    spec = family.to_spec(config)
-    config.refuse_unread(lambda key, value: defaults.get(key) == value)
+    family, spec = read_spec(values, type(hf_config)().to_dict())
     if not values.get("tie_word_embeddings", True) and "lm_head.weight" not in checkpoint:
         raise CheckpointKeyError(
             "the checkpoint lacks 'lm_head.weight', and the config does not tie it to the embedding"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastinterp.errors import CheckpointKeyError
-from fastinterp.families import Config, family_of
+from fastinterp.families import read_spec
 from fastinterp.model.model import Model, Origin, Processing
 from fastinterp.model.process import process_weights
 from fastinterp.model.spec import ModelSpec
@@ -22,8 +22,8 @@ def load_bridge(
     In compatibility mode they are processed already, and ``processing="none"`` keeps them so; processing twice changes
     nothing.
     """
-    family = family_of(bridge.original_model.config.model_type)
-    spec = family.to_spec(Config(bridge.original_model.config.to_dict()))
+    hf_config = bridge.original_model.config
+    _, spec = read_spec(hf_config.to_dict(), type(hf_config)().to_dict())
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
         parameters = {k: v.detach().to(device=device, dtype=exact) for k, v in bridge.tl_parameters().items()}

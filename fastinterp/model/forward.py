@@ -12,12 +12,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastinterp.errors import OptionError
 from fastinterp.model.attention import Frame, affine, attend, attend_from, make_frame, project_qkv
 from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.norms import apply_affine, center, divide, norm_scale, normalize
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
+
+# What forward_at can capture: everything that is one row per token, in the last block as in the others.
+PACKED_SITES = frozenset(
+    {
+        "embed",
+        "pos_embed",
+        "resid_pre",
+        "z",
+        "attn_out",
+        "resid_mid",
+        "pre",
+        "pre_linear",
+        "post",
+        "mlp_out",
+        "resid_post",
+    }
+)
 
 
 def forward(
@@ -48,8 +66,13 @@ def forward_at(
 
     The same numbers as :func:`forward`, with less work: equal beginnings of the prompts are computed once, padding not
     at all, and of the last block only keys and values everywhere. Captures can be of the residual stream and what is
-    written to it (``z``, ``post``, ``attn_out``, ``mlp_out``, embeddings); edits are for :func:`forward`.
+    written to it (``PACKED_SITES``); other taps, and edits, raise :class:`~fastinterp.errors.OptionError`.
     """
+    unfit = sorted({name for name, _ in taps.wanted} - PACKED_SITES) + sorted(name for name, _ in taps.edits)
+    if unfit:
+        raise OptionError(
+            f"forward_at cannot tap {unfit[0]!r} (only capture {', '.join(sorted(PACKED_SITES))}): use forward"
+        )
     tree = prefix_tree(tokens, n_tokens)
     taps = dataclasses.replace(taps, at=(torch.zeros_like(at), tree.nodes_at(at)))
     resid = embed(weights, tokens, taps, tree)

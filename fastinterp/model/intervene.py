@@ -44,21 +44,24 @@ class Edit:
         """Returns the edit as it acts on ``[1, n, ...]``: the values at position ``pos[i]`` of sequence ``rows[i]``."""
         positions = None if self.positions is None else self.positions[rows, pos][None]
         replacement = self.replacement
-        if isinstance(replacement, Tensor) and self._has_batch_axes(replacement):
-            n_rows, n_pos = replacement.shape[:2]
-            replacement = replacement[rows if n_rows > 1 else 0 * rows, pos if n_pos > 1 else 0 * pos][None]
+        if isinstance(replacement, Tensor):
+            aligned = self._aligned(replacement)
+            n_rows, n_pos = aligned.shape[:2]
+            if n_rows > 1 or n_pos > 1:
+                replacement = aligned[rows if n_rows > 1 else 0 * rows, pos if n_pos > 1 else 0 * pos][None]
         return dataclasses.replace(self, positions=positions, replacement=replacement)
 
     @property
     def same_everywhere(self) -> bool:
         """Whether the edit is the same for every prompt and position."""
-        return self.positions is None and not (
-            isinstance(self.replacement, Tensor) and self._has_batch_axes(self.replacement)
-        )
+        if not isinstance(self.replacement, Tensor):
+            return self.positions is None
+        return self.positions is None and self._aligned(self.replacement).shape[:2] == (1, 1)
 
-    def _has_batch_axes(self, replacement: Tensor) -> bool:
+    def _aligned(self, replacement: Tensor) -> Tensor:
+        """Returns the replacement with an axis for each of the replaced part, as broadcasting would add them."""
         axes = len(activation(self.site).dims) - (0 if self.head is None else 1)
-        return replacement.ndim == axes
+        return replacement[(None,) * (axes - replacement.ndim)]
 
     def apply(self, value: Tensor) -> Tensor:
         """Returns ``value`` with the edit made, leaving the original alone."""

@@ -51,8 +51,12 @@ def run_variants(
         at: read the final residual at this position of each prompt only; the last block then computes little else.
         residual_bytes: the residuals of one group's variants stay below this; more groups repeat the clean run.
 
-    Memory: ``residual_bytes`` plus the activations of one step.
+    Raises:
+        SiteRangeError: a layer or head that the model does not have.
+
+    Memory: ``residual_bytes`` (twice that where every position is read) plus the activations of one step.
     """
+    variants = [variant.resolved(model.spec) for variant in variants]
     joining = [i for i, v in enumerate(variants) if v.enters_by_heads]
     joining.sort(key=lambda i: variants[i].first_layer)
     share = all(edit.same_everywhere for i in joining for edit in variants[i].edits)

@@ -1,9 +1,12 @@
 """What is changed in each run of a sweep."""
 
+import dataclasses
 from dataclasses import dataclass
 
+from fastinterp.errors import OptionError
 from fastinterp.model.intervene import Edit
 from fastinterp.model.spec import ModelSpec
+from fastinterp.names import check_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +14,19 @@ class Variant:
     """One edited run: its edits are made together, and no other variant's are."""
 
     edits: tuple[Edit, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses a variant that changes nothing."""
+        if not self.edits:
+            raise OptionError("a variant needs at least one edit: Variant(edits=(Edit(site='z', layer=0, head=0),))")
+
+    def resolved(self, spec: ModelSpec) -> "Variant":
+        """Returns the variant with layers counted from the first; raises :class:`SiteRangeError` for absent ones."""
+        return Variant(
+            edits=tuple(
+                dataclasses.replace(edit, layer=check_index("layer", edit.layer, spec.n_layers)) for edit in self.edits
+            )
+        )
 
     @property
     def first_layer(self) -> int:

@@ -123,7 +123,7 @@ PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "parti
         ("gpt2", {"activation_function": "mish"}, "activation_function='mish'.*'gelu_new'.*'relu'"),
         ("gpt2", {"logit_scale": 2.0}, "logit_scale=2.0"),
         ("llama", {"hidden_act": "mish"}, "hidden_act='mish'.*'silu'"),
-        ("llama", DYNAMIC, "rope_type='dynamic'.*'default', 'linear' or 'llama3'"),
+        ("llama", DYNAMIC, "rope_type='dynamic'.*'default' or 'linear' or 'llama3'"),
         ("llama", PARTIAL, "partial_rotary_factor.*0.5"),
         ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2"),

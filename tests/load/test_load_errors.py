@@ -42,7 +42,9 @@ def edit_checkpoint(path, change):
     safetensors.torch.save_file(checkpoint, path / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("source", [3, None, b"gpt2", ["gpt2"], torch.nn.Linear(2, 2), object()], ids=repr)
+@pytest.mark.parametrize(
+    "source", [3, None, b"gpt2", ["gpt2"], torch.nn.Linear(2, 2), pytest.param(object(), id="object")], ids=repr
+)
 def test_a_source_that_is_no_model(source):
     expected = f"cannot load a model from {type(source).__name__}: give a hub name, a directory, a .gguf file"
     with pytest.raises(ModelSourceError, match=expected):
