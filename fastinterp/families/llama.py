@@ -64,7 +64,7 @@ def rotary(config: Config, d_head: int) -> Position:
     if kind not in needed:
         raise UnsupportedConfigError(
             f"config rope_type={kind!r} is not supported: only {' or '.join(map(repr, needed))}"
-        ))}")
+        )
     for key in sorted(needed[kind] - set(rope)):
         raise UnsupportedConfigError(f"config rope_parameters lacks {key!r}, which rope_type={kind!r} needs")
     for key in sorted(set(rope) - needed[kind]):
