@@ -17,6 +17,9 @@ from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import head_variants, run_variants
 
+# Variants that are measured together.
+SLICE = 16
+
 Units = Literal["heads"]
 Mode = Literal["zero"]
 
@@ -51,7 +54,8 @@ def ablate(
     Raises:
         AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
 
-    Memory: one residual stream per variant of a batch (at most 1 GiB, else the heads go in groups); no logits.
+    Memory: one residual stream per variant of a batch (at most 1 GiB, else the heads go in groups; twice that where
+    the metric is read at every token); no logits.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:
@@ -129,7 +133,9 @@ class Ablation:
         variants = head_variants(spec)
         effects = clean.new_empty(len(variants), *clean.shape)
         for indices, residuals in run_variants(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at):
-            effects[indices] = self._measure(model, residuals, batch) - clean
+            # In slices, so that normalised copies do not double the residuals' memory.
+            for part, resid in zip(_slices(indices), residuals.split(SLICE), strict=True):
+                effects[part] = self._measure(model, resid, batch) - clean
         effects = effects.movedim(0, -1).unflatten(-1, (spec.n_layers, spec.n_heads))
         return {f"{self.metric.name}_clean": clean, f"{self.metric.name}_{self.mode}": effects}
 
@@ -142,3 +148,7 @@ class Ablation:
             return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens)
         assert batch.answer is not None
         return evaluate(self.metric, x, weights.W_U, weights.b_U, batch.answer, batch.wrong)
+
+
+def _slices(indices: list[int]) -> list[list[int]]:
+    return [indices[start : start + SLICE] for start in range(0, len(indices), SLICE)]

@@ -12,7 +12,15 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from fastinterp.errors import MetricError, NonFiniteError, OptionError, SiteRangeError
+from fastinterp.errors import (
+    MetricError,
+    NonFiniteError,
+    OptionError,
+    PromptError,
+    PromptTooLongError,
+    SiteRangeError,
+    TokenRangeError,
+)
 from fastinterp.metrics import Metric
 from fastinterp.model.model import Model
 from fastinterp.model.norms import norm_scale
@@ -67,6 +75,7 @@ class Analysis(Protocol):
 def tokenized(model: Model, prompts: PromptSet | TokenizedPrompts, metric: Metric) -> TokenizedPrompts:
     """Tokenises the prompts if that has not been done, and checks that they have what the metric needs."""
     result = prompts.tokenize(model, require=metric.needs) if isinstance(prompts, PromptSet) else prompts
+    check_fits(model, result)
     if len(result.accepted) == 0:
         raise MetricError("no prompt is left to analyse: every one was rejected")
     for column in metric.needs:
@@ -85,11 +94,28 @@ def tokenized(model: Model, prompts: PromptSet | TokenizedPrompts, metric: Metri
     return result
 
 
+def check_fits(model: Model, prompts: TokenizedPrompts) -> None:
+    """Raises if prompts were tokenised for a model with a shorter context, a smaller vocabulary, another tokenizer."""
+    again = "they were tokenised for another model; call prompts.tokenize(model)"
+    if prompts.tokenizer_hash is not None and prompts.tokenizer_hash != model.tokenizer_hash:
+        raise PromptError(f"the prompts are ids of another tokenizer: {again}")
+    if prompts.max_len > model.spec.n_ctx:
+        raise PromptTooLongError(
+            f"the prompts have up to {prompts.max_len} tokens, the model's context is {model.spec.n_ctx}: {again}"
+        )
+    columns = [*prompts.tokens, *(ids for ids in (prompts.answer, prompts.wrong) if ids is not None)]
+    largest = max((int(ids.max(initial=-1)) for ids in columns), default=-1)
+    if largest >= model.spec.d_vocab:
+        raise TokenRangeError(
+            f"token id {largest} is out of range: the model's vocabulary has {model.spec.d_vocab}: {again}"
+        )
+
+
 def positions(pos: Pos, batch: Batch) -> Tensor | None:
     """Returns the position of each prompt that ``pos`` means (negatives count from its own end), or None for all."""
     if pos == "all":
         return None
-    at = batch.n_tokens + pos if pos < 0 else torch.full_like(batch.n_tokens, pos)
+    at = batch.n_tokens + int(pos) if pos < 0 else torch.full_like(batch.n_tokens, int(pos))
     outside = (at < 0) | (at >= batch.n_tokens)
     if bool(outside.any()):
         first = int(outside.nonzero()[0, 0])
@@ -102,7 +128,7 @@ def positions(pos: Pos, batch: Batch) -> Tensor | None:
 
 def check_pos(pos: object) -> None:
     """Raises :class:`OptionError` unless ``pos`` is an integer or ``"all"``."""
-    if pos != "all" and (isinstance(pos, bool) or not isinstance(pos, int)):
+    if pos != "all" and (isinstance(pos, bool) or not isinstance(pos, int | np.integer)):
         raise OptionError(f"pos={pos!r} is not a position: give an integer (-1 is the last token) or 'all'")
 
 
@@ -197,7 +223,9 @@ def collect(analysis: Analysis, model: Model, prompts: TokenizedPrompts) -> xr.D
 def compute_checked(analysis: Analysis, model: Model, batch: Batch) -> dict[str, Tensor]:
     """Computes one batch on the model's device and refuses results that are not finite."""
     batch = batch.to(model.device)
-    values = analysis.compute(model, batch)
+    # An autocast around the call would lower the precision behind the back of the dtype that is reported.
+    with torch.autocast(model.device.type, enabled=False):
+        values = analysis.compute(model, batch)
     for described in analysis.fields(model.spec, batch.tokens.shape[1]):
         check_finite(described, analysis.metric, values[described.name], batch)
     return values

@@ -16,6 +16,7 @@ from fastinterp.engine import CATALOGUE, Plan, choose_analyses, describe, plan
 from fastinterp.engine.plan import check_counts
 from fastinterp.engine.run import run
 from fastinterp.errors import OptionError
+from fastinterp.load import choose_device
 from fastinterp.prompts import PromptSet
 from fastinterp.store import StoreWriter, check_target
 
@@ -68,9 +69,10 @@ def scan(
     choose_analyses(analysis, metric)
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
+    chosen_device = choose_device(device)
     prompt_set = PromptSet.read(prompts, columns=_columns(column))
     check_target(out)
-    loaded = fastinterp.load(model, device=_device(device), dtype=DTYPES[dtype], processing=processing)
+    loaded = fastinterp.load(model, device=chosen_device, dtype=DTYPES[dtype], processing=processing)
     planned = plan(
         loaded,
         prompt_set,
@@ -190,18 +192,6 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
             raise OptionError(f"--column {pair!r}: write it as prompt=text (ours=theirs)")
         columns[wanted] = name
     return columns
-
-
-def _device(given: str | None) -> torch.device | None:
-    if given is None:
-        return None
-    try:
-        device = torch.device(given)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device={given!r} cannot be used here ({reason}): try --device cpu") from None
-    return device
 
 
 def _command() -> list[str]:

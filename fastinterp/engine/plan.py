@@ -216,6 +216,7 @@ def _store_spec(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "fastinterp_version": fastinterp.__version__,
         "torch_version": torch.__version__,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     return StoreSpec(
         n_prompts=n_prompts,

@@ -52,7 +52,7 @@ def scan(
         progress: a progress bar; ``None`` shows it on a terminal.
 
     Returns:
-        The store, opened lazily; the same as ``xarray.open_zarr(out)``.
+        The store, opened lazily; the same as ``xarray.open_zarr(out)``. Values are stored as float32.
 
     Raises:
         PromptError, MetricError, OptionError: bad input, before anything is written.

@@ -15,7 +15,8 @@ class Source:
     """Checkpoint keys whose tensors, joined along the output axis, make one stored parameter.
 
     ``layout`` of a matrix: ``transposed`` for ``nn.Linear`` (``[out, in]``), ``as_is`` for ``[in, out]``.
-    A key ending in ``?`` may be missing (a bias that some members of the family do not have).
+    A key ending in ``?`` may be missing. One ending in ``?flag`` must be there if the config's ``flag`` is true, and
+    must not otherwise.
     """
 
     keys: tuple[str, ...]

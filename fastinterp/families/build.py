@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fastinterp.families.base import Family, Source
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights, check_shapes
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("ln1", "ln2", "ln_final")
 
 
@@ -18,16 +20,17 @@ def build_weights(
     family: Family,
     spec: ModelSpec,
     checkpoint: Mapping[str, Tensor],
+    flags: Mapping[str, Any],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Weights:
-    """Returns the weights in ``dtype`` on ``device``.
+    """Returns the weights in ``dtype`` on ``device``; ``flags`` is the config, which says which biases there are.
 
     Raises :class:`CheckpointKeyError` for keys that the table does not know, for keys that it needs and the checkpoint
     lacks, and for wrong shapes. Nothing is dropped silently.
     """
-    reader = _Reader(family, checkpoint, dtype=dtype, device=device)
+    reader = _Reader(family, checkpoint, flags, dtype=dtype, device=device)
     try:
         top = {name: reader.take(source) for name, source in family.model.items()}
         blocks = []
@@ -62,24 +65,41 @@ class _Reader:
         self,
         family: Family,
         checkpoint: Mapping[str, Tensor],
+        flags: Mapping[str, Any],
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.family, self.checkpoint, self.dtype, self.device = family, checkpoint, dtype, device
+        self.family, self.checkpoint, self.flags, self.dtype, self.device = family, checkpoint, flags, dtype, device
         # A bare checkpoint leaves out the prefix of the body; heads (lm_head) never have it.
-        self.keys = {key.removeprefix(family.prefix): key for key in checkpoint}
+        self.keys: dict[str, str] = {}
+        for key in checkpoint:
+            bare = key.removeprefix(family.prefix)
+            if bare in self.keys:
+                raise CheckpointKeyError(
+                    f"the checkpoint has both {key!r} and {self.keys[bare]!r}: which one is meant?"
+                )
+            self.keys[bare] = key
         self.unread = set(self.keys)
 
     def take(self, source: Source, layer: int | None = None) -> Tensor | None:
         parts = []
         for template in source.keys:
-            key = template.removesuffix("?").format(layer=layer)
+            name, optional, flag = template.partition("?")
+            if flag and not self.flags.get(flag):
+                continue
+            key = name.format(layer=layer)
             if key in self.keys:
-                tensor = self.checkpoint[self.keys[key]].detach().to(device=self.device, dtype=self.dtype)
+                stored = self.checkpoint[self.keys[key]].detach()
+                if stored.dtype not in DTYPES:
+                    raise CheckpointKeyError(
+                        f"{key!r} has dtype {stored.dtype}: quantised and complex checkpoints are not supported, load "
+                        "an unquantised one"
+                    )
+                tensor = stored.to(device=self.device, dtype=self.dtype)
                 parts.append(tensor.t() if source.layout == "transposed" else tensor)
                 self.unread.discard(key)
-            elif not template.endswith("?"):
+            elif flag or not optional:
                 numbers = re.findall(r"\d+", key)
                 alike = [other for other in self.unread if re.findall(r"\d+", other) == numbers]
                 raise CheckpointKeyError(f"the checkpoint lacks {key!r}{nearest(key, alike)}")

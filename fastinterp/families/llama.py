@@ -25,7 +25,8 @@ def to_spec(config: Config) -> ModelSpec:
     )
     d_head = config.get("head_dim", d_model // n_heads)
     for key in ("attention_bias", "mlp_bias"):
-        config.expect(key, (True, False), False)  # the biases are taken where the checkpoint has them
+        config.expect(key, (True, False), False)  # says which keys the checkpoint must have
+    window = config.get("sliding_window")  # Llama models do not read it, even where a config has it
     return ModelSpec(
         family="llama",
         n_layers=n_layers,
@@ -39,8 +40,7 @@ def to_spec(config: Config) -> ModelSpec:
             n_kv_heads=config.get("num_key_value_heads", n_heads),
             d_head=d_head,
             scale=default_attention_scale(d_head),
-            # Llama models do not read the key, even where a config has it.
-            window=(config.get("sliding_window") if config.get("model_type") == "mistral" else None,) * n_layers,
+            window=(window if config.get("model_type") == "mistral" else None,) * n_layers,
         ),
         mlp=Mlp(
             kind="gated",
@@ -84,10 +84,10 @@ def rotary(config: Config, d_head: int) -> Position:
     return Position(kind="rotary", rotary_dims=d_head, base=float(base), scaling=scaling)
 
 
-def _linear(*names: str, bias: bool = False) -> Source:
-    """The weights, or the optional biases, of ``nn.Linear`` layers."""
-    if bias:
-        return Source(keys=tuple(f"layers.{{layer}}.{name}.bias?" for name in names))
+def _linear(*names: str, bias_if: str | None = None) -> Source:
+    """The weights of ``nn.Linear`` layers, or the biases that they have if a config flag says so."""
+    if bias_if:
+        return Source(keys=tuple(f"layers.{{layer}}.{name}.bias?{bias_if}" for name in names))
     return Source(keys=tuple(f"layers.{{layer}}.{name}.weight" for name in names), layout="transposed")
 
 
@@ -107,14 +107,14 @@ FAMILY = Family(
     block={
         "ln1.w": Source(keys=("layers.{layer}.input_layernorm.weight",)),
         "W_QKV": _linear(*QKV),
-        "b_QKV": _linear(*QKV, bias=True),
+        "b_QKV": _linear(*QKV, bias_if="attention_bias"),
         "W_O": _linear("self_attn.o_proj"),
-        "b_O": _linear("self_attn.o_proj", bias=True),
+        "b_O": _linear("self_attn.o_proj", bias_if="attention_bias"),
         "ln2.w": Source(keys=("layers.{layer}.post_attention_layernorm.weight",)),
         "W_gate_in": _linear(*GATE_IN),
-        "b_gate_in": _linear(*GATE_IN, bias=True),
+        "b_gate_in": _linear(*GATE_IN, bias_if="mlp_bias"),
         "W_out": _linear("mlp.down_proj"),
-        "b_out": _linear("mlp.down_proj", bias=True),
+        "b_out": _linear("mlp.down_proj", bias_if="mlp_bias"),
     },
     ignored=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )

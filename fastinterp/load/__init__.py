@@ -53,7 +53,7 @@ def load(
     check_choice("processing", processing, ("transformer_lens", "none"))
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype} is not a compute dtype: choose from {', '.join(map(str, DTYPES))}")
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    target = choose_device(device)
 
     if isinstance(source, str | Path):
         return _load_path(source, tokenizer, target, dtype, processing, revision)
@@ -69,6 +69,19 @@ def load(
         f"cannot load a model from {type(source).__name__}: give a hub name, a directory, a .gguf file, a Hugging Face "
         "causal language model, or a TransformerLens bridge"
     )
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """Returns the device to compute on; raises :class:`OptionError` if it cannot be used here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device={str(device)!r} cannot be used here ({reason}): try device='cpu'") from None
+    return chosen
 
 
 def _load_path(

@@ -1,6 +1,7 @@
 """GGUF files: metadata and tokenizer by ``transformers``, tensors by ``gguf`` (dequantised), names by both."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastinterp.errors import CheckpointKeyError, ModelSourceError, UnknownFamilyError
+from fastinterp.errors import CheckpointKeyError, ModelSourceError, UnknownFamilyError, UnsupportedConfigError
 from fastinterp.load.hf import assemble
 from fastinterp.model.model import Model, Origin, Processing
+
+# Metadata that says again what the config says, or nothing about the computation.
+HARMLESS_FIELDS = frozenset(
+    {"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "attention.causal"}
+)
+NEUTRAL_VALUES = {"rope.scaling.type": ("none", ""), "rope.scaling.factor": (0.0, 1.0), "expert_count": (0,)}
 
 
 def load_gguf(
@@ -45,6 +52,7 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
     """Returns the tensors under their Hugging Face names; a tensor without one is an error."""
     import gguf
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     architecture = next((k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == config.model_type), None)
@@ -61,8 +69,14 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
             names[f"{name}.{suffix}"] = key
     # llama.cpp stores some matrices permuted; the processors of transformers know which.
     processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())
+    reader = gguf.GGUFReader(path)
+    refuse_unknown_fields(
+        {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1},
+        config.model_type,
+        known=set(GGUF_CONFIG_MAPPING.get(config.model_type, {})),
+    )
     tensors: dict[str, Tensor] = {}
-    for stored in gguf.GGUFReader(path).tensors:
+    for stored in reader.tensors:
         result = processor.process(
             weights=gguf.dequantize(stored.data, stored.tensor_type),
             name=stored.name,
@@ -80,3 +94,20 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
             raise CheckpointKeyError(f"the GGUF file has a tensor {stored.name!r} that the model does not know")
         tensors[names[result.name]] = torch.from_numpy(np.array(result.weights))
     return tensors
+
+
+def refuse_unknown_fields(fields: Mapping[str, Any], architecture: str, *, known: set[str]) -> None:
+    """Raises :class:`UnsupportedConfigError` for metadata of the model that nobody reads, such as a rope scaling.
+
+    ``known`` are the names that ``transformers`` turns into the config, which is checked by itself.
+    """
+    for name, value in fields.items():
+        prefix, _, field = name.partition(".")
+        if prefix != architecture or field in known or field in HARMLESS_FIELDS:
+            continue
+        if value in NEUTRAL_VALUES.get(field, ()):
+            continue
+        raise UnsupportedConfigError(
+            f"GGUF metadata {name}={value!r} is not supported (fastinterp does not know what it changes): load the "
+            "Hugging Face checkpoint instead"
+        )

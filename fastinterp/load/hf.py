@@ -14,7 +14,7 @@ from fastinterp.families import build_weights, family_of, read_spec
 from fastinterp.model.model import Model, Origin, Processing
 from fastinterp.model.process import process_weights
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 OTHER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -58,12 +58,18 @@ def load_directory(
     family_of(str(read_json(path / "config.json").get("model_type")))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # transformers validates with exceptions of its own
         raise UnsupportedConfigError(
             f"transformers cannot read {str(path / 'config.json')!r}: {type(error).__name__}: {error}"
         ) from error
     if tokenizer is None and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # whatever the tokenizer's own parser raises
+            raise ModelSourceError(
+                f"the tokenizer of {str(path)!r} cannot be read ({type(error).__name__}: {error}): give another one "
+                "with load(..., tokenizer=...)"
+            ) from error
     return assemble(
         config,
         read_checkpoint(path),
@@ -130,20 +136,21 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Returns the files that an index names, or that match the usual names; other files are left alone."""
-    for index in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json"):
+    """Returns the weight files in the order in which Hugging Face looks: one file, else those that an index names."""
+    absent: list[str] = []
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (path / single).is_file():
+            return [path / single]
+        index = path / f"{single}.index.json"
         if index.is_file():
             files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-            absent = [file.name for file in files if not file.is_file()]
-            if absent:
-                raise ModelSourceError(f"{str(path)!r} lacks {', '.join(absent)}, which {index.name} names")
-            return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    for pattern in WEIGHT_FILES:
-        if files := sorted(path.glob(pattern)):
-            return files
-    raise ModelSourceError(f"{str(path)!r} has no weight files ({' or '.join(WEIGHT_FILES)})")
+            missing = [file.name for file in files if not file.is_file()]
+            if files and not missing:
+                return files
+            absent += missing
+    if absent:
+        raise ModelSourceError(f"{str(path)!r} lacks {', '.join(absent)}, which its index names")
+    raise ModelSourceError(f"{str(path)!r} has no weight files (model.safetensors or pytorch_model.bin)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def assemble(
     # Folding wants at least float32, whatever the compute dtype.
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        weights = build_weights(family, spec, checkpoint, dtype=exact, device=device)
+        weights = build_weights(family, spec, checkpoint, values, dtype=exact, device=device)
         if origin.processing == "transformer_lens":
             weights = process_weights(spec, weights)
         weights = weights.to(dtype=dtype)

@@ -1,5 +1,6 @@
 """TransformerLens 4.3 bridges: their parameters as they are now, in compatibility mode or not."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,12 +33,15 @@ def load_bridge(
         weights.check_finite()
         if processing == "transformer_lens":
             weights = process_weights(spec, weights)
-    processed = getattr(bridge, "compatibility_mode", False)
+    # A bridge in compatibility mode has its norms folded, unless it was asked not to.
+    folded = all(norm.w is None for norm in (weights.ln_final, *(block.ln1 for block in weights.blocks)))
+    weights = weights.to(dtype=dtype)
+    weights.check_finite()
     return Model(
-        spec=spec,
-        weights=weights.to(dtype=dtype),
+        spec=dataclasses.replace(spec, default_prepend_bos=bool(bridge.cfg.default_prepend_bos)),
+        weights=weights,
         tokenizer=bridge.tokenizer if tokenizer is None else tokenizer,
-        origin=Origin(source=str(bridge.cfg.model_name), processing="transformer_lens" if processed else processing),
+        origin=Origin(source=str(bridge.cfg.model_name), processing="transformer_lens" if folded else "none"),
     )
 
 
@@ -54,13 +58,13 @@ def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tens
     def bias(name: str) -> Tensor | None:
         value = rest.pop(name, None)
         # A bridge invents zeros for biases that the model does not have.
-        return None if value is None or not bool((value != 0).any()) else value
+        return None if value is None or not bool((value != 0).any()) else value.clone()
 
     def norm(name: str) -> NormWeights:
         w, b = rest.pop(f"{name}.w", None), rest.pop(f"{name}.b", None)
         identity = w is None or bool((w == 1).all())
         zero = b is None or not bool((b != 0).any())
-        return NormWeights(w=None if identity else w, b=None if zero else b)
+        return NormWeights(w=None if identity or w is None else w.clone(), b=None if zero or b is None else b.clone())
 
     def heads(tensor: Tensor, n_heads: int) -> Tensor:
         # Key and value matrices of grouped-query models come repeated per query head.

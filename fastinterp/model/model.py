@@ -48,8 +48,10 @@ class Model:
         return self.weights.W_E.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Model":
-        """Returns the model on another device or in another dtype."""
-        return dataclasses.replace(self, weights=self.weights.to(device=device, dtype=dtype))
+        """Returns the model on another device or in another dtype; raises :class:`NonFiniteError` if it overflows."""
+        weights = self.weights.to(device=device, dtype=dtype)
+        weights.check_finite()
+        return dataclasses.replace(self, weights=weights)
 
     @cached_property
     def weights_sha256(self) -> str:

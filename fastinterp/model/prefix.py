@@ -54,7 +54,7 @@ def prefix_tree(
     lengths = [n_pos] * n_prompts if n_tokens is None else n_tokens.tolist()
     rows: list[int] = []
     positions: list[int] = []
-    nodes = torch.zeros(n_prompts, n_pos, dtype=torch.int64)
+    nodes = [[0] * n_pos for _ in range(n_prompts)]
     known: dict[tuple[int, int], int] = {}
     for b, ids in enumerate(tokens.tolist()):
         parent = -1
@@ -65,8 +65,10 @@ def prefix_tree(
                 parent = known[edge] = len(rows)
                 rows.append(b)
                 positions.append(p)
-            nodes[b, p] = parent
+            nodes[b][p] = parent
     device = tokens.device
     return PrefixTree(
-        node=nodes.to(device), row=torch.tensor(rows, device=device), pos=torch.tensor(positions, device=device)
+        node=torch.tensor(nodes, device=device),
+        row=torch.tensor(rows, device=device),
+        pos=torch.tensor(positions, device=device),
     )

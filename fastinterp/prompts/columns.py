@@ -26,7 +26,9 @@ def answer_column(name: str, given: Iterable[Any]) -> tuple[Answer | None, ...]:
 def id_column(given: Iterable[Any] | None, size: int) -> tuple[str, ...]:
     """Returns the ids as text; the row number where one is missing."""
     column = _column("ids", given) if given is not None else [None] * size
-    return tuple(str(row) if value is None else str(value) for row, value in enumerate(column))
+    return tuple(
+        str(row) if value is None else str(_checked_text("id", row, str(value))) for row, value in enumerate(column)
+    )
 
 
 def _column(name: str, given: Iterable[Any]) -> list[Any]:
@@ -41,6 +43,15 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def _checked_text(name: str, row: int, text: str | None) -> str | None:
+    """Refuses half of a surrogate pair, which no tokenizer and no file can hold."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{name} of row {row} is not valid Unicode ({error.reason}): {text!a:.80}") from None
+    return text
+
+
 def _token_id(value: Any) -> int | None:
     if isinstance(value, bool):
         return None
@@ -52,7 +63,7 @@ def _token_id(value: Any) -> int | None:
 
 def _prompt(name: str, row: int, value: Any) -> Prompt | None:
     if value is None or isinstance(value, str):
-        return value
+        return _checked_text(name, row, value)
     if isinstance(value, Sequence):
         tokens = tuple(_token_id(token) for token in value)
         if None not in tokens:
@@ -62,12 +73,14 @@ def _prompt(name: str, row: int, value: Any) -> Prompt | None:
 
 def _answer(name: str, row: int, value: Any) -> Answer | None:
     if value is None or isinstance(value, str):
-        return value
+        return _checked_text(name, row, value)
     single = _token_id(value)
     if single is not None:
         return single
     if isinstance(value, Sequence) and len(value):
-        alternatives = tuple(item if isinstance(item, str) else _token_id(item) for item in map(_plain, value))
+        alternatives = tuple(
+            _checked_text(name, row, item) if isinstance(item, str) else _token_id(item) for item in map(_plain, value)
+        )
         if None not in alternatives:
             return alternatives  # type: ignore[return-value]
     raise PromptError(

@@ -95,6 +95,8 @@ def _read_jsonl(path: Path) -> dict[str, list[Any]]:
             continue
         try:
             row = json.loads(line)
+        except RecursionError:
+            raise PromptFileError(f"{path}, line {number}: nested too deeply") from None
         except json.JSONDecodeError as error:
             raise PromptFileError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
         if not isinstance(row, dict):

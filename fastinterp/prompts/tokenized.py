@@ -84,6 +84,7 @@ class TokenizedPrompts:
     texts: tuple[str, ...]
     ids: tuple[str, ...]
     prepend_bos: bool
+    tokenizer_hash: str | None = None
 
     def __len__(self) -> int:
         """Number of rows, the rejected ones included."""

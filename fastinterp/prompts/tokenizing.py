@@ -86,6 +86,7 @@ def tokenize_prompts(
         texts=tuple(_text(model, prompt, keep) for prompt, keep in zip(prompts.prompts, kept, strict=True)),
         ids=prompts.ids,
         prepend_bos=bos,
+        tokenizer_hash=model.tokenizer_hash,
     )
 
 

@@ -63,6 +63,7 @@ def write_html(
 ) -> Path:
     """Writes a dataset as one HTML file (heat maps, strongest heads, prompts, provenance); returns its path.
 
+    Arrays with a dim ``pos`` beside these are averaged over each prompt's positions first.
     Every float array with the dims ``prompt, layer, head`` becomes a heat map of its mean over prompts,
     every one with ``prompt`` and ``layer``, ``site`` or ``component`` a profile, and every one with ``prompt`` alone a
     column of the prompt table. Units and the meaning of the sign are taken from each array's attributes
@@ -89,7 +90,8 @@ def write_html(
     return path
 
 
-def _render(dataset: xr.Dataset, title: str, max_prompts: int) -> str:
+def _render(stored: xr.Dataset, title: str, max_prompts: int) -> str:
+    dataset = _positions_averaged(stored)
     heads = {name: over_prompts(array) for name, array in _arrays(dataset, [HEAD_DIMS])}
     sections = [_head_section(dataset[name], statistics) for name, statistics in heads.items()]
     sections += [_profile_section(array) for _, array in _arrays(dataset, PROFILE_DIMS)]
@@ -111,13 +113,24 @@ def _render(dataset: xr.Dataset, title: str, max_prompts: int) -> str:
         prompts=prompt_table(dataset, max_prompts),
         status=status_counts(dataset),
         facts=facts(dataset),
-        arrays=[(name, dataset[name].dims, dataset[name].dtype, dataset[name].sizes) for name in dataset.data_vars],
+        arrays=[(name, stored[name].dims, stored[name].dtype, stored[name].sizes) for name in stored.data_vars],
         data={
             "arrays": [_picker(dataset[name], heads[name], max_prompts) for name in heads],
             "diverging": {mode: plots.scale(colours) for mode, colours in plots.DIVERGING.items()},
         },
         plotly_js=Markup(get_plotlyjs()) if has_figures else None,
     )
+
+
+def _positions_averaged(dataset: xr.Dataset) -> xr.Dataset:
+    """Replaces arrays with a value per position (the loss of each token) by their mean over a prompt's positions."""
+    averaged = {}
+    for name, array in dataset.data_vars.items():
+        rest = tuple(dim for dim in array.dims if dim != "pos")
+        if array.dtype.kind == "f" and rest != array.dims and rest in (("prompt",), HEAD_DIMS, *PROFILE_DIMS):
+            mean = array.mean("pos", skipna=True, keep_attrs=True)
+            averaged[name] = mean.assign_attrs(long_name=f"{_title(array)}, mean over positions")
+    return dataset.assign(averaged)
 
 
 def _template(name: str) -> str:

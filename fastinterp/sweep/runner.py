@@ -84,7 +84,8 @@ class _Pass:
         self.frame = make_frame(
             model.spec, tokens.shape[1], device=self.clean.device, dtype=self.clean.dtype, tree=tree
         )
-        self.step_variants = max(1, step_tokens(self.clean.device) // tree.n_nodes)
+        # Attention spreads keys and values over all positions, whatever the tree saves elsewhere.
+        self.step_variants = max(1, step_tokens(self.clean.device) // max(tree.n_nodes, tokens.numel() // 2))
 
     def run(self, variants: Sequence[Variant]) -> Float[Tensor, "variant batch *pos d_model"]:
         """Returns the final residual of each variant, which must come in the order of their layers."""

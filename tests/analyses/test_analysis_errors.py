@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from fastinterp.analyses import (
     Ablation,
@@ -15,7 +16,16 @@ from fastinterp.analyses import (
     logit_lens,
 )
 from fastinterp.analyses.base import check_finite
-from fastinterp.errors import AnswerTokenError, MetricError, NonFiniteError, OptionError, SiteRangeError
+from fastinterp.errors import (
+    AnswerTokenError,
+    MetricError,
+    NonFiniteError,
+    OptionError,
+    PromptError,
+    PromptTooLongError,
+    SiteRangeError,
+    TokenRangeError,
+)
 from fastinterp.prompts import Batch, PromptSet
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -243,3 +253,34 @@ def test_residuals_that_overflow_are_refused(zoo, prompt_set):
     for analysis in ANALYSES:
         with pytest.raises(NonFiniteError, match=r"not finite for prompt \d+ \(id '\d+'\)"):
             analysis(huge, prompt_set)
+
+
+# Prompts of another model -----------------------------------------------------------------------------------------
+
+
+def other_model(model, **changes):
+    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, **changes))
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_prompts_that_were_tokenised_for_another_model(model, prompt_set, analysis):
+    tokens = prompt_set.tokenize(model)
+    with pytest.raises(PromptTooLongError, match=r"up to 12 tokens.*context is 11.*prompts.tokenize\(model\)"):
+        analysis(other_model(model, n_ctx=11), tokens)
+    with pytest.raises(TokenRangeError, match=r"vocabulary has 100.*prompts.tokenize\(model\)"):
+        analysis(other_model(model, d_vocab=100), tokens)
+    with pytest.raises(PromptError, match=r"another tokenizer.*prompts.tokenize\(model\)"):
+        analysis(dataclasses.replace(model, tokenizer=None), tokens)
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_an_autocast_around_the_call_changes_nothing(model, prompt_set, analysis):
+    plain = analysis(model, prompt_set)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wrapped = analysis(model, prompt_set)
+    xr.testing.assert_equal(plain, wrapped)
+
+
+def test_positions_may_be_numpy_integers(model, prompt_set):
+    expected = direct_logit_attribution(model, prompt_set, pos=0)
+    assert np.array_equal(direct_logit_attribution(model, prompt_set, pos=np.int64(0)).values, expected.values)

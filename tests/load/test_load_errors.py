@@ -96,7 +96,7 @@ def test_a_directory_without_config(tmp_path):
 def test_a_directory_without_weights(saved):
     path = saved()
     (path / "model.safetensors").unlink()
-    with pytest.raises(ModelSourceError, match=r"has no weight files \(\*.safetensors or pytorch_model\*.bin\)"):
+    with pytest.raises(ModelSourceError, match=r"has no weight files \(model.safetensors or pytorch_model.bin\)"):
         fastinterp.load(path)
 
 
@@ -201,3 +201,61 @@ def test_a_dtype_that_is_not_offered(zoo, dtype):
 def test_a_processing_that_is_not_offered(zoo):
     with pytest.raises(OptionError, match="processing='fold_ln' is not known: choose from 'transformer_lens', 'none'"):
         fastinterp.load(zoo.hf("gpt2"), processing="fold_ln")
+
+
+@pytest.mark.parametrize(("flag", "key"), [("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.gate_proj")])
+def test_biases_that_the_config_promises(saved, flag, key):
+    with pytest.raises(CheckpointKeyError, match=f"lacks 'layers.0.{key}.bias'"):
+        fastinterp.load(saved(**{flag: True}))
+
+
+def test_biases_that_the_config_denies(saved):
+    path = saved()
+    name = "model.layers.1.self_attn.o_proj.bias"
+    edit_checkpoint(path, lambda checkpoint: checkpoint.update({name: torch.ones(48)}))
+    with pytest.raises(CheckpointKeyError, match="does not know: 'layers.1.self_attn.o_proj.bias'"):
+        fastinterp.load(path)
+
+
+def test_one_parameter_under_two_names(saved):
+    path = saved()
+    edit_checkpoint(path, lambda checkpoint: checkpoint.update({"norm.weight": torch.full((48,), 99.0)}))
+    with pytest.raises(CheckpointKeyError, match="has both '(model.)?norm.weight' and '(model.)?norm.weight'"):
+        fastinterp.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_a_parameter_that_is_not_a_float(saved, dtype):
+    path, name = saved(), "model.layers.0.mlp.down_proj.weight"
+    edit_checkpoint(path, lambda checkpoint: checkpoint.update({name: checkpoint[name].to(dtype)}))
+    with pytest.raises(CheckpointKeyError, match=f"'layers.0.mlp.down_proj.weight' has dtype {dtype}"):
+        fastinterp.load(path)
+
+
+def test_a_tokenizer_that_cannot_be_read(saved):
+    path = saved()
+    (path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelSourceError, match=r"the tokenizer of .* cannot be read.*tokenizer=\.\.\."):
+        fastinterp.load(path)
+
+
+def test_a_device_that_is_not_there(zoo):
+    with pytest.raises(OptionError, match=r"device='nonsense' cannot be used here.*try device='cpu'"):
+        fastinterp.load(zoo.directory("gpt2"), device="nonsense")
+
+
+def test_a_model_that_overflows_when_it_is_moved(tiny_builders):
+    hf_model = tiny_builders["gpt2"]()
+    hf_model.transformer.wte.weight.data[3] = 1e6
+    model = fastinterp.load(hf_model, processing="none", device="cpu")
+    with pytest.raises(NonFiniteError, match="'W_E'"):
+        model.to(dtype=torch.float16)
+
+
+def test_one_file_beside_the_index_of_another_format(saved):
+    path = saved()
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1-of-2.bin"}}))
+    assert fastinterp.load(path, device="cpu").spec.n_layers == 3
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ModelSourceError, match="lacks pytorch_model-1-of-2.bin, which its index names"):
+        fastinterp.load(path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastinterp
-from fastinterp.errors import CheckpointKeyError, ModelSourceError, NonFiniteError
+from fastinterp.errors import CheckpointKeyError, ModelSourceError, NonFiniteError, UnsupportedConfigError
 
 
 def permuted(W, n_heads):
@@ -18,7 +18,7 @@ def permuted(W, n_heads):
 def write(tmp_path, zoo):
     """Writes the tiny Llama as GGUF; ``change`` may alter the tensors on the way."""
 
-    def write(name="llama-gqa", change=lambda tensors: None):
+    def write(name="llama-gqa", change=lambda tensors: None, metadata=()):
         hf_model = zoo.hf(name)
         config = hf_model.config
         table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -44,6 +44,8 @@ def write(tmp_path, zoo):
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_vocab_size(config.vocab_size)
+        for key, value in metadata:
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(f"llama.{key}", value)
         for key, value in tensors.items():
             writer.add_tensor(key, np.ascontiguousarray(value))
         writer.write_header_to_file()
@@ -131,3 +133,17 @@ def test_a_file_that_breaks_off(write, tiny_tokenizer):
 def test_a_file_that_is_not_there(path):
     with pytest.raises(ModelSourceError, match=f"there is no file '{path}'"):
         fastinterp.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0), ("logit_scale", 3.0)]
+)
+def test_metadata_that_nobody_reads_is_refused(write, tiny_tokenizer, key, value):
+    path = write(metadata=[(key, value)])
+    with pytest.raises(UnsupportedConfigError, match=f"llama.{key}={value!r} is not supported"):
+        fastinterp.load(path, tokenizer=tiny_tokenizer, device="cpu")
+
+
+def test_metadata_that_changes_nothing_is_accepted(write, tiny_tokenizer):
+    path = write(metadata=[("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0)])
+    assert fastinterp.load(path, tokenizer=tiny_tokenizer, device="cpu").spec.position.scaling is None

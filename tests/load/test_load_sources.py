@@ -182,3 +182,23 @@ def test_a_model_spread_over_devices_is_refused(tiny_builders):
     hf_model.hf_device_map = {"transformer": 0}
     with pytest.raises(ModelSourceError, match="device_map"):
         fastinterp.load(hf_model)
+
+
+def test_a_bridge_says_whether_its_weights_are_processed(zoo, monkeypatch):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(str(zoo.directory("gpt2")), dtype=torch.float32)
+    bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    model = fastinterp.load(bridge, processing="none", device="cpu")
+    assert model.origin.processing == "none"
+    assert model.weights.blocks[0].ln1.w is not None
+    assert fastinterp.load(bridge, device="cpu").origin.processing == "transformer_lens"
+    stored = {id(p.untyped_storage()) for p in bridge.parameters()} | {p.data_ptr() for p in bridge.parameters()}
+    assert not [name for name, tensor in model.weights.named() if tensor.data_ptr() in stored]
+
+
+def test_a_bridge_brings_its_bos_habit(zoo, monkeypatch):
+    bridge = zoo.bridge("gpt2")
+    monkeypatch.setattr(bridge.cfg, "default_prepend_bos", False)
+    model = fastinterp.load(bridge, device="cpu")
+    assert model.encode(["the dog"]) == model.encode(["the dog"], prepend_bos=False)

@@ -225,3 +225,18 @@ def test_head_keeps_the_columns_together():
     assert len(prompts.head(9)) == 3
     with pytest.raises(OptionError, match="n=0"):
         prompts.head(0)
+
+
+@pytest.mark.parametrize("column", ["prompts", "answer", "ids"])
+def test_half_a_surrogate_pair_is_refused(column):
+    columns = {"prompts": ["a", "b"], "answer": [" x", " y"], "ids": ["one", "two"]}
+    columns[column] = [columns[column][0], "broken \ud800"]
+    with pytest.raises(PromptError, match="row 1 is not valid Unicode"):
+        PromptSet.of(**columns)
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(PromptFileError, match=r"line 1"):
+        PromptSet.read(path)

@@ -355,3 +355,14 @@ def test_a_dataset_that_went_through_zarr(make_scan, tmp_path):
         found = Page(write_html(opened, tmp_path / "page.html"))
     assert found.cells[1][2] == NASTY
     assert found.heads("direct_effect")[0] == "L1H1"
+
+
+def test_losses_are_averaged_over_each_prompts_positions(make_scan, page):
+    dataset = make_scan(n_layers=2, n_heads=1, n_prompts=2)
+    values = np.array([[[1.0], [2.0]], [[3.0], [4.0]], [[NAN], [NAN]]], dtype="f4")
+    attrs = {"units": "nats", "long_name": "effect on loss"}
+    dataset["loss_zero"] = (("prompt", "pos", "layer", "head"), np.stack([values, values + 1]), attrs)
+    found = page(dataset)
+    (heat,), _, _ = found.figure("map-loss_zero")
+    assert [row[0] for row in map(numbers, heat["z"])] == [2.5, 3.5]
+    assert "effect on loss, mean over positions" in found.text
