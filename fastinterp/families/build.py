@@ -105,8 +105,6 @@ class _Reader:
                 raise CheckpointKeyError(f"the checkpoint lacks {key!r}{nearest(key, alike)}")
         if not parts:
             return None
-        if len(parts) != len(source.keys):
-            raise CheckpointKeyError(f"the checkpoint has only some of {', '.join(source.keys)} (layer {layer})")
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0].contiguous().clone()
 
     def release(self) -> None:

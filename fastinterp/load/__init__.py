@@ -80,7 +80,9 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise OptionError(f"device={str(device)!r} cannot be used here ({reason}): try device='cpu'") from None
+        raise OptionError(
+            f"device={str(device)!r} cannot be used here ({reason}): try device='cpu' (--device cpu)"
+        ) from None
     return chosen
 
 

@@ -187,7 +187,7 @@ def test_devices_that_there_are_not_are_refused(refused, monkeypatch, device):
     monkeypatch.setattr(fastinterp, "load", None)
     message = refused("--device", device)
     assert f"device={device!r} cannot be used here" in message
-    assert "try --device cpu" in message
+    assert "(--device cpu)" in message
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_damaged_checkpoints_are_refused(refused, changed_model):
     path = changed_model(change=lambda tensors: tensors.pop(next(name for name in tensors if "ln_f" in name)))
     assert "the checkpoint lacks 'ln_f" in refused(model=path)
     (path / "model.safetensors").unlink()
-    assert "has no weight files (*.safetensors or pytorch_model*.bin)" in refused(model=path)
+    assert "has no weight files (model.safetensors or pytorch_model.bin)" in refused(model=path)
     (path / "config.json").write_text("{")
     assert str(path) in refused(model=path)
     (path / "config.json").unlink()

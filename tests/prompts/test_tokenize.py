@@ -43,6 +43,9 @@ def test_bos_is_refused_where_there_is_none(text_model):
         def __call__(self, texts, **_):
             return {"input_ids": [[1] for _ in texts]}
 
+        def get_vocab(self):
+            return {"a": 1}
+
     model = dataclasses.replace(text_model, tokenizer=Nothing())
     assert PromptSet.of(["a"]).tokenize(model).prepend_bos is False
     with pytest.raises(OptionError, match="no BOS token"):

@@ -359,7 +359,8 @@ def test_a_dataset_that_went_through_zarr(make_scan, tmp_path):
 
 def test_losses_are_averaged_over_each_prompts_positions(make_scan, page):
     dataset = make_scan(n_layers=2, n_heads=1, n_prompts=2)
-    values = np.array([[[1.0], [2.0]], [[3.0], [4.0]], [[NAN], [NAN]]], dtype="f4")
+    nothing = [[NAN], [NAN]]
+    values = np.array([[[1.0], [2.0]], [[3.0], [4.0]], nothing, nothing], dtype="f4")
     attrs = {"units": "nats", "long_name": "effect on loss"}
     dataset["loss_zero"] = (("prompt", "pos", "layer", "head"), np.stack([values, values + 1]), attrs)
     found = page(dataset)
