@@ -70,7 +70,7 @@ def run_variants(
         if not variant.enters_by_heads:
             taps = Taps.of(model.spec.n_layers, edits=variant.edits)
             final = forward(model.spec, model.weights, tokens, taps=taps)
-            yield [index], (final if at is None else final[torch.arange(len(at)), at])[None]
+            yield [index], (final if at is None else final[torch.arange(len(at), device=at.device), at])[None]
 
 
 class _Pass:
