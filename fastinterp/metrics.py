@@ -120,7 +120,8 @@ def evaluate(
     """
     if metric.linear:
         u, c = answer_direction(W_U, b_U, answer, wrong if "wrong" in metric.needs else None)
-        return torch.einsum("vbd,bd->vb", x.to(u.dtype), u) + c
+        wide = torch.promote_types(x.dtype, u.dtype)
+        return torch.einsum("vbd,bd->vb", x.to(wide), u.to(wide)) + c
     rows = x.flatten(0, 1)
     scored = linear_logprob(rows, W_U, answer.repeat(x.shape[0], 1), b_U)
     total = torch.logsumexp(scored.target_logit.nan_to_num(nan=-torch.inf), dim=-1) - scored.logsumexp

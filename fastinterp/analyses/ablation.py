@@ -137,11 +137,15 @@ class Ablation:
             for part, resid in zip(_slices(indices), residuals.split(SLICE), strict=True):
                 effects[part] = self._measure(model, resid, batch) - clean
         effects = effects.movedim(0, -1).unflatten(-1, (spec.n_layers, spec.n_heads))
-        return {f"{self.metric.name}_clean": clean, f"{self.metric.name}_{self.mode}": effects}
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return {f"{self.metric.name}_clean": clean.to(dtype), f"{self.metric.name}_{self.mode}": effects.to(dtype)}
 
     def _measure(self, model: Model, resid: Tensor, batch: Batch) -> Tensor:
         """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``."""
         weights = model.weights
+        if self.metric.linear:
+            # One product per variant and prompt: in float64 it costs nothing, and adds no rounding to the effect.
+            resid = resid.double()
         scale = final_scale(model, resid, batch, every_position=self.metric.per_token)
         x = apply_affine(divide(center(model.spec.norm, resid), scale), weights.ln_final)
         if self.metric.per_token:
