@@ -14,6 +14,8 @@ from fastinterp.model.rope import rope_tables, rotate
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
 
+STEADY_ROWS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
@@ -147,5 +149,13 @@ def attend_from(
 def affine(
     x: Float[Tensor, "*rows n_in"], W: Float[Tensor, "n_in n_out"], b: Float[Tensor, " n_out"] | None
 ) -> Float[Tensor, "*rows n_out"]:
-    """Returns ``x @ W + b``."""
-    return F.linear(x, W.t(), b)
+    """Returns ``x @ W + b``.
+
+    On the CPU, a few rows go through the matrix product together with rows of zeros: the product of fewer than
+    ``STEADY_ROWS`` rows is no faster, and sums in another order, so that a row's value would depend on its company.
+    """
+    n_rows = x.shape[:-1].numel()
+    if x.device.type != "cpu" or not 1 < n_rows < STEADY_ROWS:
+        return F.linear(x, W.t(), b)
+    padded = F.pad(x.reshape(n_rows, -1), (0, 0, 0, STEADY_ROWS - n_rows))
+    return F.linear(padded, W.t(), b)[:n_rows].view(*x.shape[:-1], -1)

@@ -76,7 +76,7 @@ def forward_at(
     tree = prefix_tree(tokens, n_tokens)
     taps = dataclasses.replace(taps, at=(torch.zeros_like(at), tree.nodes_at(at)))
     resid = embed(weights, tokens, taps, tree)
-    frame = make_frame(spec, tokens.shape[1], device=resid.device, dtype=resid.dtype, tree=tree)
+    frame = make_frame(spec, tree.n_pos, device=resid.device, dtype=resid.dtype, tree=tree)
     for layer, w in enumerate(weights.blocks[:-1]):
         resid = block(spec, w, layer, resid, frame, taps)
     return block_at(spec, weights.blocks[-1], spec.n_layers - 1, resid, frame, at, taps).squeeze(0)
@@ -136,13 +136,16 @@ def block_at(
     q, k, v = project_qkv(spec, w, layer, normalize(spec.norm, resid, w.ln1), frame, NO_TAPS)
     last = frame.tree.nodes_at(at)
     z = attend_from(spec, layer, q[:, last], k, v, frame, at)
-    # From here on there is one row per prompt.
+    # From here on there is one row per prompt. A single one is doubled: by itself a product sums it in another order.
     rows = torch.arange(len(at), device=at.device)
+    if alone := z.shape[:2].numel() == 1:
+        z, last = z.expand(1, 2, -1, -1), last.expand(2)
     taps = dataclasses.replace(taps, at=(torch.zeros_like(rows), rows))
     attn_out = taps("attn_out", layer, mix_heads(w, layer, taps("z", layer, z)))
     resid = taps("resid_mid", layer, resid[:, last] + attn_out)
     mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, normalize(spec.norm, resid, w.ln2), taps))
-    return taps("resid_post", layer, resid + mlp_out)
+    resid = taps("resid_post", layer, resid + mlp_out)
+    return resid[:, :1] if alone else resid
 
 
 def mlp_residual(

@@ -10,18 +10,28 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+# Fused attention adds up a query's keys in an order that depends on how many there are, unless they are a multiple.
+POSITIONS_MULTIPLE = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTree:
     """The distinct beginnings of a batch, numbered.
 
     ``node[b, p]`` is the number of the beginning of prompt ``b`` that ends at position ``p`` (0 at padding, which
-    nothing real attends to). ``row[n]`` and ``pos[n]`` say where node ``n`` first occurs.
+    nothing real attends to). ``row[n]`` and ``pos[n]`` say where node ``n`` first occurs. Positions are padded to a
+    multiple of ``POSITIONS_MULTIPLE`` and there are at least two nodes: a prompt's sums are then added up in the same
+    order whatever it is batched with.
     """
 
     node: Int[Tensor, "batch pos"]
     row: Int[Tensor, " node"]
     pos: Int[Tensor, " node"]
+
+    @property
+    def n_pos(self) -> int:
+        """Positions of the spread values: those of the longest prompt, padded."""
+        return self.node.shape[1]
 
     @property
     def n_nodes(self) -> int:
@@ -54,7 +64,7 @@ def prefix_tree(
     lengths = [n_pos] * n_prompts if n_tokens is None else n_tokens.tolist()
     rows: list[int] = []
     positions: list[int] = []
-    nodes = [[0] * n_pos for _ in range(n_prompts)]
+    nodes = [[0] * (n_pos + -n_pos % POSITIONS_MULTIPLE) for _ in range(n_prompts)]
     known: dict[tuple[int, int], int] = {}
     for b, ids in enumerate(tokens.tolist()):
         parent = -1
@@ -66,6 +76,8 @@ def prefix_tree(
                 rows.append(b)
                 positions.append(p)
             nodes[b][p] = parent
+    if len(rows) == 1:
+        rows, positions = rows * 2, positions * 2
     device = tokens.device
     return PrefixTree(
         node=torch.tensor(nodes, device=device),

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.model.attention import make_frame
+from fastinterp.model.attention import affine, make_frame
 from fastinterp.model.forward import block, block_at, embed, forward, mlp_residual
 from fastinterp.model.intervene import Capture, Taps
 from fastinterp.model.model import Model
@@ -61,7 +61,7 @@ def run_variants(
     joining.sort(key=lambda i: variants[i].first_layer)
     share = all(edit.same_everywhere for i in joining for edit in variants[i].edits)
     tree = prefix_tree(tokens, n_tokens, share=share)
-    each = max(tree.n_nodes, tokens.numel()) * model.spec.d_model * model.weights.W_E.element_size()
+    each = max(tree.n_nodes, tree.node.numel()) * model.spec.d_model * model.weights.W_E.element_size()
     size = max(1, residual_bytes // each)
     for start in range(0, len(joining), size):
         indices = joining[start : start + size]
@@ -80,12 +80,11 @@ class _Pass:
         self, model: Model, tokens: Int[Tensor, "batch pos"], tree: PrefixTree, at: Int[Tensor, " batch"] | None
     ) -> None:
         self.spec, self.weights, self.tree, self.at = model.spec, model.weights, tree, at
+        self.n_pos = tokens.shape[1]
         self.clean = embed(model.weights, tokens, tree=tree)
-        self.frame = make_frame(
-            model.spec, tokens.shape[1], device=self.clean.device, dtype=self.clean.dtype, tree=tree
-        )
+        self.frame = make_frame(model.spec, tree.n_pos, device=self.clean.device, dtype=self.clean.dtype, tree=tree)
         # Attention spreads keys and values over all positions, whatever the tree saves elsewhere.
-        self.step_variants = max(1, step_tokens(self.clean.device) // max(tree.n_nodes, tokens.numel() // 2))
+        self.step_variants = max(1, step_tokens(self.clean.device) // max(tree.n_nodes, tree.node.numel() // 2))
 
     def run(self, variants: Sequence[Variant]) -> Float[Tensor, "variant batch *pos d_model"]:
         """Returns the final residual of each variant, which must come in the order of their layers."""
@@ -108,7 +107,7 @@ class _Pass:
                 for part in self._parts(joined):
                     part.copy_(mlp_residual(spec, w, layer, part))
                 entered += len(new)
-        return self.tree.spread(stack)
+        return self.tree.spread(stack)[:, :, : self.n_pos]
 
     def _run_last(
         self, w: BlockWeights, stack: Float[Tensor, "variant node d_model"], entered: int, new: Sequence[Variant]
@@ -154,4 +153,4 @@ def _entering(
         heads |= set(range(z.shape[-2])) if edit.head is None else {edit.head % z.shape[-2]}
     chosen = sorted(heads)
     change = (edited - z)[..., chosen, :].flatten(-2)
-    return resid_mid + change @ w.W_O[chosen].flatten(0, 1)
+    return resid_mid + affine(change, w.W_O[chosen].flatten(0, 1), None)

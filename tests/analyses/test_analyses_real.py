@@ -14,9 +14,13 @@ pytestmark = pytest.mark.real
 TOLERANCE = 1e-4
 
 
+ANSWERS = [" Mary", " Alice", " Paris"]
+WRONG = [" John", " Bob", " London"]
+
+
 @pytest.fixture(scope="module")
 def prompts(real_prompts):
-    return PromptSet.of(real_prompts[:3], answer=[" Mary", " Alice", " Paris"], wrong=[" John", " Bob", " London"])
+    return PromptSet.of(real_prompts[:3], answer=ANSWERS, wrong=WRONG)
 
 
 def test_heads_equal_the_tool_of_transformer_lens(smollm2, smollm2_bridge, prompts):
@@ -90,8 +94,8 @@ def test_ablated_heads_equal_hooks(smollm2, smollm2_bridge, prompts, ablated):
     assert largest > 0.3
 
 
-def test_ablation_does_not_depend_on_the_batch(smollm2, ablated, real_prompts):
-    together = ablated["logit_diff_zero"][2].values
-    alone = ablate(smollm2, PromptSet.of(real_prompts[2:3], answer=[" Paris"], wrong=[" London"]))
-    # Some 1e-5 is what float32 leaves of the difference of two logits of about 10 after 30 layers.
-    assert np.abs(together - alone["logit_diff_zero"][0].values).max() < 3e-5
+@pytest.mark.parametrize("row", range(3))
+def test_ablation_does_not_depend_on_the_batch(smollm2, ablated, real_prompts, row):
+    alone = ablate(smollm2, PromptSet.of([real_prompts[row]], answer=[ANSWERS[row]], wrong=[WRONG[row]]))
+    for name in ("logit_diff_zero", "logit_diff_clean"):
+        assert np.abs(ablated[name][row].values - alone[name][0].values).max() < 1e-5

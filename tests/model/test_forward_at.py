@@ -5,8 +5,9 @@ import torch
 
 from fastinterp.errors import FastinterpError
 from fastinterp.model import Edit, Taps, forward
+from fastinterp.model.attention import STEADY_ROWS, affine
 from fastinterp.model.forward import forward_at
-from fastinterp.model.prefix import prefix_tree
+from fastinterp.model.prefix import POSITIONS_MULTIPLE, prefix_tree
 
 EXACT = 1e-11
 MODELS = ["gpt2", "gpt2-one-head-one-layer", "llama-gqa", "llama-one-head-one-layer", "mistral-window"]
@@ -141,7 +142,25 @@ def test_packing_and_spreading_undo_each_other(tokens, n_tokens, share, lengths)
     tree = prefix_tree(tokens, n_tokens if lengths == "known" else None, share=share)
     values = torch.randn(2, tree.n_nodes, 3)
     spread = tree.spread(values)
-    assert spread.shape == (2, *tokens.shape, 3)
+    assert tree.n_pos >= tokens.shape[1]
+    assert spread.shape == (2, len(tokens), tree.n_pos, 3)
     assert torch.equal(tree.pack(spread), values)
     for b, n in enumerate(n_tokens.tolist()):
         assert torch.equal(spread[:, b, :n], values[:, tree.node[b, :n]])
+
+
+def test_a_prompt_is_summed_in_the_same_order_whatever_its_company():
+    tree = prefix_tree(torch.tensor([[7], [7]]))
+    assert tree.n_pos == POSITIONS_MULTIPLE
+    assert tree.n_nodes == 2
+    assert tree.row.tolist() == [0, 0]
+    assert prefix_tree(torch.zeros(1, POSITIONS_MULTIPLE + 1).long()).n_pos == 2 * POSITIONS_MULTIPLE
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, STEADY_ROWS - 1, STEADY_ROWS])
+def test_few_rows_give_what_they_give_among_many(n_rows):
+    x, W, b = torch.randn(40, 64), torch.randn(64, 48), torch.randn(48)
+    assert torch.allclose(affine(x[:n_rows], W, b), affine(x, W, b)[:n_rows], rtol=0, atol=1e-6)
+    batched = affine(x[:6].unflatten(0, (2, 3)), W, None)
+    assert batched.shape == (2, 3, 48)
+    assert torch.allclose(batched.flatten(0, 1), x[:6] @ W, atol=1e-4)

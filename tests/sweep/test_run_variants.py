@@ -5,6 +5,7 @@ import torch
 
 from fastinterp.errors import FastinterpError, SiteRangeError
 from fastinterp.model import Edit, Taps, forward
+from fastinterp.model.prefix import prefix_tree
 from fastinterp.sweep import Variant, head_variants, run_variants, runner
 
 EXACT = 1e-11
@@ -187,7 +188,7 @@ def test_groups_change_nothing(zoo, tiny_name, tokens, last, residual_bytes):
 
 def test_groups_stay_below_the_bytes_given(zoo, tokens):
     model = zoo.model("llama-gqa")
-    each = tokens.numel() * model.spec.d_model * 4
+    each = prefix_tree(tokens).node.numel() * model.spec.d_model * 4
     sizes = [
         len(indices) for indices, _ in run_variants(model, tokens, head_variants(model.spec), residual_bytes=5 * each)
     ]
