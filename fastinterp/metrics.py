@@ -9,7 +9,9 @@
 
 With ``x`` the normalised final residual,
 ``logit_diff = x . (W_U[:, answer] - W_U[:, wrong]) + b_U[answer] - b_U[wrong]``:
-``logit`` and ``logit_diff`` are linear in ``x``, which is what direct logit attribution needs.
+``logit`` and ``logit_diff`` are linear in ``x``, which is what direct logit attribution needs. Under a final softcap
+the metrics are those of the bounded logits, which are what the model gives; direct logit attribution divides up the
+logits in front of it.
 """
 
 from collections.abc import Mapping
@@ -106,6 +108,24 @@ def _mean_column(
     return u, c
 
 
+def _mean_logit(
+    x: Float[Tensor, "variant batch d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    tokens: Int[Tensor, "batch k"],
+    softcap: float,
+) -> Float[Tensor, "variant batch"]:
+    """The mean of the bounded logits of several tokens; -1 pads them."""
+    wide = torch.promote_types(x.dtype, torch.promote_types(W_U.dtype, torch.float32))
+    columns = W_U[:, tokens.clamp(min=0).flatten()].view(W_U.shape[0], *tokens.shape).to(wide)
+    logits = torch.einsum("vbd,dbk->vbk", x.to(wide), columns)
+    if b_U is not None:
+        logits = logits + b_U[tokens.clamp(min=0)]
+    present = tokens >= 0
+    bounded = softcap * torch.tanh(logits / softcap) * present
+    return bounded.sum(-1) / present.sum(-1)
+
+
 def evaluate(
     metric: Metric,
     x: Float[Tensor, "variant batch d_model"],
@@ -113,17 +133,24 @@ def evaluate(
     b_U: Float[Tensor, " d_vocab"] | None,
     answer: Int[Tensor, "batch k"],
     wrong: Int[Tensor, "batch k2"] | None,
+    *,
+    softcap: float | None = None,
 ) -> Float[Tensor, "variant batch"]:
     """Returns a metric that needs an answer, for rows of normalised final residuals.
 
     Memory: nothing of size ``d_vocab`` per row; ``logprob`` goes through vocabulary tiles.
     """
+    if metric.linear and softcap is not None:
+        value = _mean_logit(x, W_U, b_U, answer, softcap)
+        if wrong is not None and "wrong" in metric.needs:
+            value = value - _mean_logit(x, W_U, b_U, wrong, softcap)
+        return value
     if metric.linear:
         u, c = answer_direction(W_U, b_U, answer, wrong if "wrong" in metric.needs else None)
         wide = torch.promote_types(x.dtype, u.dtype)
         return torch.einsum("vbd,bd->vb", x.to(wide), u.to(wide)) + c
     rows = x.flatten(0, 1)
-    scored = linear_logprob(rows, W_U, answer.repeat(x.shape[0], 1), b_U)
+    scored = linear_logprob(rows, W_U, answer.repeat(x.shape[0], 1), b_U, softcap=softcap)
     total = torch.logsumexp(scored.target_logit.nan_to_num(nan=-torch.inf), dim=-1) - scored.logsumexp
     return total.view(x.shape[:2])
 
@@ -134,6 +161,8 @@ def evaluate_loss(
     b_U: Float[Tensor, " d_vocab"] | None,
     tokens: Int[Tensor, "batch pos"],
     n_tokens: Int[Tensor, " batch"],
+    *,
+    softcap: float | None = None,
 ) -> Float[Tensor, "variant batch pos"]:
     """Returns the loss at every position: entry ``p`` is for predicting token ``p + 1``; NaN where there is none."""
     n_pos = tokens.shape[1]
@@ -142,6 +171,6 @@ def evaluate_loss(
     loss = x.new_full(x.shape[:3], torch.nan, dtype=torch.promote_types(x.dtype, torch.float32))
     target = tokens.roll(-1, dims=1)[scored]
     rows = x[:, scored]
-    result = linear_logprob(rows.flatten(0, 1), W_U, target.repeat(x.shape[0])[:, None], b_U)
+    result = linear_logprob(rows.flatten(0, 1), W_U, target.repeat(x.shape[0])[:, None], b_U, softcap=softcap)
     loss[:, scored] = (result.logsumexp - result.target_logit[:, 0]).view(x.shape[0], -1)
     return loss

@@ -1,11 +1,14 @@
 """Fixtures: tiny Hugging Face models of realistic weight scale, a tokenizer made on the spot, and SmolLM2-135M."""
 
+import contextlib
 import copy
+import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,24 +44,42 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def realistic_(hf_model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+FINAL_NORMS = (
+    "transformer.ln_f.weight",
+    "model.norm.weight",
+    "model.final_layernorm.weight",
+    "model.decoder.final_layer_norm.weight",
+    "gpt_neox.final_layer_norm.weight",
+)
+
+
+def realistic_(hf_model: Any, seed: int = 0) -> Any:
     """Rescales random weights in place so that activations, patterns and logits have the size that trained models have.
 
     Norm weights and biases get a spread as well, since identities would hide a fold that was forgotten.
     """
     generator = torch.Generator().manual_seed(seed)
+    kind = hf_model.config.model_type
+    d_model = hf_model.get_input_embeddings().weight.shape[1]
+    # Gemma multiplies its embedding by sqrt(d_model), and adds 1 to the weights of its norms.
+    embedding_scale = d_model**0.5 if kind.startswith("gemma") else 1.0
+    without_one = 1.0 if kind.startswith("gemma") else 0.0
     for name, parameter in hf_model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
         if parameter.ndim == 1:
-            one = 1.0 if ("norm" in name or "ln_" in name) and name.endswith("weight") else 0.0
+            norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+            one = 1.0 if norm else 0.0
             # The final norm sets the size of the logits: a spread of about 2, top probabilities of about 0.2.
-            final = name in ("transformer.ln_f.weight", "model.norm.weight")
-            parameter.data = (0.5 if final else 1.0) * (one + 0.2 * noise)
+            size = 0.5 * embedding_scale * (48 / d_model) ** 0.5 if name in FINAL_NORMS else 1.0
+            parameter.data = size * (one + 0.2 * noise) - (without_one if norm else 0.0)
         elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
-            parameter.data = 0.6 * noise
+            parameter.data = 0.6 / embedding_scale * noise
         else:
-            fan_in = parameter.shape[0] if "c_" in name else parameter.shape[1]
+            fan_in = parameter.shape[0] if "c_" in name and kind == "gpt2" else parameter.shape[1]
             parameter.data = noise * (1.3 / fan_in**0.5)
+            if kind == "gpt_neo" and name.endswith(("q_proj.weight", "k_proj.weight")):
+                # Its scores are not divided by sqrt(d_head).
+                parameter.data = parameter.data / (d_model // hf_model.config.num_heads) ** 0.25
     return hf_model.eval()
 
 
@@ -103,6 +124,156 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+WIDTH: dict[str, Any] = dict(num_hidden_layers=3, max_position_embeddings=64)
+LLAMA_LIKE = WIDTH | dict(hidden_size=48, intermediate_size=112, num_attention_heads=6, num_key_value_heads=2)
+GEMMA_LIKE = WIDTH | dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt_neo": dict(num_layers=3, hidden_size=64, num_heads=4, max_position_embeddings=64, window_size=5)
+    | dict(attention_types=[[["global", "local"], 1], [["local"], 1]]),
+    "gpt_neox": WIDTH | dict(hidden_size=96, num_attention_heads=4, intermediate_size=200),
+    "gptj": dict(n_layer=3, n_embd=64, n_head=4, n_positions=64, rotary_dim=8),
+    "opt": WIDTH | dict(hidden_size=64, num_attention_heads=4, ffn_dim=150),
+    "llama": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE | dict(head_dim=20),
+    "gemma": GEMMA_LIKE | dict(head_dim=24),
+    "gemma2": GEMMA_LIKE | dict(head_dim=32, query_pre_attn_scalar=24, sliding_window=5),
+    "gemma3_text": GEMMA_LIKE | dict(head_dim=24, query_pre_attn_scalar=20, sliding_window=5),
+    "phi": WIDTH | dict(hidden_size=64, num_attention_heads=4, intermediate_size=150),
+    "phi3": LLAMA_LIKE,
+    "starcoder2": LLAMA_LIKE,
+    "stablelm": LLAMA_LIKE,
+}
+"""Small sizes of every model_type, three layers, a context of 64."""
+
+
+def tiny_family(model_type: str, **changes: Any) -> Any:
+    """A random model of any family, with explicit attention as Hugging Face writes it down; config values can change.
+
+    d_model of the Gemmas stays a square number: Hugging Face rounds its root to float32 in float64 too.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = dict(vocab_size=400, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = AutoConfig.for_model(model_type, **copy.deepcopy(DEFAULTS[model_type] | tokens | changes))
+    return realistic_(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500.0)
+LLAMA3_ROPE: dict[str, Any] = LLAMA3 | dict(original_max_position_embeddings=32)
+GEMMA3_ROPE = {
+    "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1000.0),
+    "sliding_attention": dict(rope_type="default", rope_theta=100.0),
+}
+ONE_HEAD = dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
+
+FAMILY_MODELS: dict[str, Callable[[], Any]] = {
+    "gpt-neo": lambda: tiny_family("gpt_neo"),
+    "gpt-neo-one-head-one-layer-untied": lambda: tiny_family(
+        "gpt_neo",
+        num_layers=1,
+        num_heads=1,
+        attention_types=[[["local"], 1]],
+        intermediate_size=100,
+        tie_word_embeddings=False,
+    ),
+    "gpt-neox": lambda: tiny_family("gpt_neox"),
+    "gpt-neox-sequential-no-attention-bias-wide-head": lambda: tiny_family(
+        "gpt_neox",
+        use_parallel_residual=False,
+        attention_bias=False,
+        hidden_size=160,
+        num_attention_heads=2,
+        rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.4),
+    ),
+    "gpt-neox-one-head-one-layer-tied": lambda: tiny_family(
+        "gpt_neox", num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=True, hidden_act="gelu_new"
+    ),
+    "gptj": lambda: tiny_family("gptj"),
+    "gptj-wide-head-tied": lambda: tiny_family(
+        "gptj", n_embd=160, n_head=2, rotary_dim=64, n_inner=100, n_layer=2, tie_word_embeddings=True
+    ),
+    "opt": lambda: tiny_family("opt"),
+    "opt-no-bias-gelu-untied": lambda: tiny_family(
+        "opt", enable_bias=False, activation_function="gelu", tie_word_embeddings=False
+    ),
+    "llama3-rope": lambda: tiny_family("llama", head_dim=32, rope_parameters=LLAMA3_ROPE),
+    "llama-linear-rope": lambda: tiny_family(
+        "llama", rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=10000.0)
+    ),
+    "qwen2-gqa-tied": lambda: tiny_family("qwen2", tie_word_embeddings=True),
+    "qwen2-yarn-mha-wide-head": lambda: tiny_family(
+        "qwen2", hidden_size=160, num_attention_heads=2, num_hidden_layers=2, rope_parameters=YARN
+    ),
+    "qwen2-windows": lambda: tiny_family(
+        "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1, num_key_value_heads=3
+    ),
+    "qwen3-gqa": lambda: tiny_family("qwen3"),
+    "qwen3-biases-mha-wide-head-windows-tied": lambda: tiny_family(
+        "qwen3",
+        attention_bias=True,
+        head_dim=80,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+        tie_word_embeddings=True,
+    ),
+    "gemma-mqa-wide-head": lambda: tiny_family("gemma", head_dim=256, num_attention_heads=2, num_key_value_heads=1),
+    "gemma-mha-biases-untied": lambda: tiny_family(
+        "gemma", attention_bias=True, num_key_value_heads=4, tie_word_embeddings=False
+    ),
+    "gemma2-softcaps": lambda: tiny_family("gemma2", attn_logit_softcapping=5.0, final_logit_softcapping=4.0),
+    "gemma2-one-head-one-layer-no-softcaps": lambda: tiny_family(
+        "gemma2",
+        **ONE_HEAD,
+        head_dim=256,
+        query_pre_attn_scalar=200,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        tie_word_embeddings=False,
+    ),
+    "gemma3-mixed-rope": lambda: tiny_family(
+        "gemma3_text", layer_types=SLIDING_THEN_FULL, rope_parameters=GEMMA3_ROPE, head_dim=80
+    ),
+    "gemma3-mha-biases-final-softcap-untied": lambda: tiny_family(
+        "gemma3_text",
+        attention_bias=True,
+        num_key_value_heads=4,
+        final_logit_softcapping=4.0,
+        tie_word_embeddings=False,
+    ),
+    "phi": lambda: tiny_family("phi"),
+    "phi-gqa-wide-head": lambda: tiny_family(
+        "phi",
+        hidden_size=160,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.4),
+    ),
+    "phi3-gqa-window": lambda: tiny_family("phi3", sliding_window=5),
+    "phi3-mha-partial-rope-tied": lambda: tiny_family(
+        "phi3",
+        num_key_value_heads=6,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5),
+    ),
+    "starcoder2-gqa-window": lambda: tiny_family("starcoder2", sliding_window=5),
+    "starcoder2-mha-no-bias-untied": lambda: tiny_family(
+        "starcoder2", num_key_value_heads=6, use_bias=False, tie_word_embeddings=False
+    ),
+    "stablelm-gqa": lambda: tiny_family("stablelm"),
+    "stablelm-mha-biases-tied": lambda: tiny_family(
+        "stablelm", num_key_value_heads=6, use_qkv_bias=True, tie_word_embeddings=True
+    ),
+}
+"""The other families; apart from TINY_MODELS, which most tests run over."""
+
+
 @pytest.fixture(params=sorted(TINY_MODELS))
 def tiny_hf(request: pytest.FixtureRequest) -> Any:
     """Every tiny Hugging Face model in turn."""
@@ -123,11 +294,21 @@ class TinyZoo:
 
     def hf(self, name: str) -> Any:
         """The Hugging Face model, float32."""
-        return self._once(("hf", name), TINY_MODELS[name])
+        return self._once(("hf", name), (TINY_MODELS | FAMILY_MODELS)[name])
 
     def hf_double(self, name: str) -> Any:
-        """A float64 copy; Llama's norms still go through float32 unless the test has ``float64_rms_norm``."""
-        return self._once(("hf_double", name), lambda: copy.deepcopy(self.hf(name)).double())
+        """A float64 copy; parts still go through float32, unless under ``float64_rms_norm`` or ``exact_hf_logits``."""
+
+        def make() -> Any:
+            hf_model = copy.deepcopy(self.hf(name)).double()
+            for module in hf_model.modules():
+                for key, buffer in list(module.named_buffers(recurse=False)):
+                    # Angles are float32 in every dtype.
+                    if key.endswith("inv_freq"):
+                        setattr(module, key, buffer.float())
+            return hf_model
+
+        return self._once(("hf_double", name), make)
 
     def directory(self, name: str) -> Path:
         """A directory as ``save_pretrained`` writes it, tokenizer included."""
@@ -174,13 +355,51 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> TinyZo
 @pytest.fixture(scope="session")
 def tiny_builders() -> dict[str, Callable[..., Any]]:
     """Functions from config values to a random Hugging Face model, by family."""
-    return {"gpt2": tiny_gpt2, "llama": tiny_llama, "mistral": tiny_mistral}
+    families = {name: functools.partial(tiny_family, name) for name in DEFAULTS}
+    return families | {"gpt2": tiny_gpt2, "llama": tiny_llama, "mistral": tiny_mistral}
+
+
+@pytest.fixture(scope="session")
+def realistic() -> Callable[[Any], Any]:
+    """``realistic_``, for models that a test makes."""
+    return realistic_
 
 
 @pytest.fixture(params=sorted(TINY_MODELS))
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """The name of every tiny model in turn; ``parametrize("tiny_name", [...], indirect=True)`` takes some."""
     return request.param
+
+
+@pytest.fixture(params=sorted(FAMILY_MODELS))
+def family_name(request: pytest.FixtureRequest) -> str:
+    """The name of every model of ``FAMILY_MODELS`` in turn; ``parametrize(..., indirect=True)`` takes some."""
+    return request.param
+
+
+@contextlib.contextmanager
+def float64_stays() -> Iterator[None]:
+    """Makes float64 tensors ignore that Hugging Face asks for float32 in norms, scores and softmax."""
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def patched_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.dtype == torch.float64:
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return to(self, *args, **kwargs)
+
+    def patched_float(self: torch.Tensor) -> torch.Tensor:
+        return self if self.dtype == torch.float64 else to_float(self)
+
+    def patched_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype, **kwargs)
+
+    with (
+        mock.patch.object(torch.Tensor, "to", patched_to),
+        mock.patch.object(torch.Tensor, "float", patched_float),
+        mock.patch.object(torch.nn.functional, "softmax", patched_softmax),
+    ):
+        yield
 
 
 @pytest.fixture
@@ -268,6 +487,18 @@ def hf_logits() -> Callable[[Any, Sequence[int]], torch.Tensor]:
         with torch.no_grad():
             output = hf_model(torch.tensor([list(prompt)]))
         return (output if isinstance(output, torch.Tensor) else output.logits)[0]
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def exact_hf_logits(zoo: TinyZoo, hf_logits: Callable[[Any, Sequence[int]], torch.Tensor]) -> Any:
+    """Float64 logits of a Hugging Face model that computes in float64 throughout, but for the angles of its rope."""
+
+    def logits(name: str, prompt: Sequence[int]) -> torch.Tensor:
+        hf_model = zoo.hf_double(name)
+        with float64_stays():
+            return hf_logits(hf_model, prompt)
 
     return logits
 

@@ -93,8 +93,8 @@ class Ablation:
         return max(256, budget // each)
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
-        """The clean run, and for a variant of layer ``l`` the MLP of ``l`` and every block above."""
-        matrices = 3 if spec.mlp.kind == "gated" else 2
+        """The clean run, and for a variant of layer ``l`` the MLP of ``l`` (none if parallel) and every block above."""
+        matrices = 0 if spec.parallel else 3 if spec.mlp.kind == "gated" else 2
         mlp = 2 * matrices * spec.d_model * spec.mlp.d_mlp
         above = spec.n_layers * (spec.n_layers - 1) // 2
         blocks = spec.n_heads * above + spec.n_layers
@@ -142,16 +142,16 @@ class Ablation:
 
     def _measure(self, model: Model, resid: Tensor, batch: Batch) -> Tensor:
         """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``."""
-        weights = model.weights
+        weights, softcap = model.weights, model.spec.final_softcap
         if self.metric.linear:
             # One product per variant and prompt: in float64 it costs nothing, and adds no rounding to the effect.
             resid = resid.double()
         scale = final_scale(model, resid, batch, every_position=self.metric.per_token)
         x = apply_affine(divide(center(model.spec.norm, resid), scale), weights.ln_final)
         if self.metric.per_token:
-            return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens)
+            return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens, softcap=softcap)
         assert batch.answer is not None
-        return evaluate(self.metric, x, weights.W_U, weights.b_U, batch.answer, batch.wrong)
+        return evaluate(self.metric, x, weights.W_U, weights.b_U, batch.answer, batch.wrong, softcap=softcap)
 
 
 def _slices(indices: list[int]) -> list[list[int]]:

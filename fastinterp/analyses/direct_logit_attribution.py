@@ -25,6 +25,7 @@ from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.intervene import Taps
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
+from fastinterp.model.weights import NormWeights
 from fastinterp.names import residual_labels
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 
@@ -43,6 +44,8 @@ SITES = {
     "component": ("attn_out", "mlp_out"),
     "neuron": ("post",),
 }
+# Heads and neurons write through the post-norm, where there is one, whose scale is frozen as well.
+POST_SCALES = {"head": "ln1_post_scale", "neuron": "ln2_post_scale"}
 
 
 def direct_logit_attribution(
@@ -56,7 +59,8 @@ def direct_logit_attribution(
 
     With ``u`` the answer's direction (``W_U[:, answer] - W_U[:, wrong]``), ``s`` the clean run's final norm scale
     (frozen) and ``c`` what a component writes to the residual stream, the contribution is ``(c / s) . u``: positive
-    raises the answer. For heads, ``c = z_h W_O[h]``, evaluated as ``(z_h / s) . (W_O[h] u)``. Equivalent to
+    raises the answer. For heads, ``c = z_h W_O[h]``, evaluated as ``(z_h / s) . (W_O[h] u)``; a post-norm, where the
+    model has one, is frozen at the clean run as well. A final softcap is left out: it comes after. Equivalent to
     TransformerLens's ``stack_head_results`` + ``apply_ln_to_stack`` + product with ``u``, without ``result``.
 
     Args:
@@ -161,6 +165,8 @@ class DirectLogitAttribution:
         assert batch.answer is not None
         at = positions(self.pos, batch)
         capture = list(SITES[self.unit])
+        if spec.post_norms and self.unit in POST_SCALES:
+            capture.append(POST_SCALES[self.unit])
         if self.unit == "component":
             capture += ["embed", "pos_embed"] if weights.W_pos is not None else ["embed"]
         taps = Taps.of(spec.n_layers, capture=capture)
@@ -193,10 +199,13 @@ class DirectLogitAttribution:
         for layer, w in enumerate(blocks):
             match self.unit:
                 case "head":
-                    along = torch.einsum("hed,bd->bhe", w.W_O.to(u.dtype), u)
-                    per_layer.append(torch.einsum("bphe,bhe->bph", taps.values["z", layer].to(u.dtype), along))
+                    along = torch.einsum("hed,bd->bhe", w.W_O.to(u.dtype), through_post_norm(w.ln1_post, u))
+                    written = torch.einsum("bphe,bhe->bph", taps.values["z", layer].to(u.dtype), along)
+                    per_layer.append(written if w.ln1_post is None else written / taps.values["ln1_post_scale", layer])
                 case "neuron":
-                    per_layer.append(taps.values["post", layer] * (u @ w.W_out.t().to(u.dtype))[:, None, :])
+                    along = through_post_norm(w.ln2_post, u) @ w.W_out.t().to(u.dtype)
+                    written = taps.values["post", layer] * along[:, None, :]
+                    per_layer.append(written if w.ln2_post is None else written / taps.values["ln2_post_scale", layer])
                 case _:
                     sites = [taps.values[site, layer].to(u.dtype) for site in SITES[self.unit]]
                     written = torch.stack([torch.einsum("bpd,bd->bp", site, u) for site in sites], dim=-1)
@@ -229,3 +238,8 @@ def through_final_norm(
     if model.spec.norm.kind == "layer":
         u = u - u.mean(-1, keepdim=True)
     return u, constant
+
+
+def through_post_norm(norm: NormWeights | None, u: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
+    """Returns ``u'`` with ``post_norm(c) . u = (c / scale) . u'`` for what a head or neuron writes."""
+    return u if norm is None or norm.w is None else u * norm.w

@@ -100,7 +100,7 @@ class LogitLens:
 
     def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
         """One array with dims (pos,) site."""
-        labels = accumulated_labels(spec.n_layers)
+        labels = accumulated_labels(spec.n_layers, has_mid=not spec.parallel)
         dims: tuple[str, ...] = ("pos", "site") if self._every_position else ("site",)
         shape: tuple[int, ...] = (n_pos, len(labels)) if self._every_position else (len(labels),)
         attrs = {
@@ -124,27 +124,30 @@ class LogitLens:
     @torch.no_grad()
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Returns ``{name: [batch, (pos), site]}``."""
-        spec, weights = model.spec, model.weights
+        spec, weights, softcap = model.spec, model.weights, model.spec.final_softcap
         at = None if self._every_position else positions(self.pos, batch)
-        taps = Taps.of(spec.n_layers, capture=["resid_pre", "resid_mid"])
+        names = ("resid_pre",) if spec.parallel else ("resid_pre", "resid_mid")
+        taps = Taps.of(spec.n_layers, capture=names)
         if at is None:
             final = forward(spec, weights, batch.tokens, taps=taps)
         else:
             final = forward_at(spec, weights, batch.tokens, batch.n_tokens, at, taps=taps)
         last_scale = final_scale(model, final, batch, every_position=at is None)
-        sites = [taps.values[name, layer] for layer in range(spec.n_layers) for name in ("resid_pre", "resid_mid")]
+        sites = [taps.values[name, layer] for layer in range(spec.n_layers) for name in names]
         columns = []
         for resid in [*sites, final]:
             divisor = last_scale if self.scale == "frozen" else norm_scale(spec.norm, resid)
             x = apply_affine(divide(center(spec.norm, resid), divisor), weights.ln_final)
             if self.metric.per_token:
                 columns.append(
-                    evaluate_loss(x[None], weights.W_U, weights.b_U, batch.tokens, batch.n_tokens).squeeze(0)
+                    evaluate_loss(
+                        x[None], weights.W_U, weights.b_U, batch.tokens, batch.n_tokens, softcap=softcap
+                    ).squeeze(0)
                 )
                 continue
             assert batch.answer is not None
             rows = x[None] if at is not None else x.transpose(0, 1)
-            value = evaluate(self.metric, rows, weights.W_U, weights.b_U, batch.answer, batch.wrong)
+            value = evaluate(self.metric, rows, weights.W_U, weights.b_U, batch.answer, batch.wrong, softcap=softcap)
             columns.append(value.squeeze(0) if at is not None else value.transpose(0, 1))
         values = torch.stack(columns, dim=-1)
         return {self.field_name: mask_padding(values, batch) if self._every_position else values}

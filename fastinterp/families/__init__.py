@@ -6,13 +6,29 @@ A family is one file with a table, and one entry in ``FAMILIES``.
 from collections.abc import Mapping
 from typing import Any
 
-from fastinterp.families import gpt2, llama
+from fastinterp.families import gemma, gpt2, gpt_neo, gpt_neox, gptj, llama, opt, phi, phi3, qwen, stablelm, starcoder2
 from fastinterp.families.base import Family
 from fastinterp.families.build import build_weights
 from fastinterp.families.config import Config
 from fastinterp.model.spec import ModelSpec
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, llama.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    gpt2.FAMILY,
+    llama.FAMILY,
+    gpt_neo.FAMILY,
+    gpt_neox.FAMILY,
+    gptj.FAMILY,
+    opt.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA1,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    phi.FAMILY,
+    phi3.FAMILY,
+    starcoder2.FAMILY,
+    stablelm.FAMILY,
+)
 
 __all__ = ["FAMILIES", "Config", "Family", "build_weights", "family_of", "read_spec"]
 

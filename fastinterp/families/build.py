@@ -1,5 +1,6 @@
 """Turns a checkpoint into ``Weights`` by a family's table; every key of the checkpoint must find its place."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights, check_shapes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NORMS = ("ln1", "ln2", "ln_final")
+NORMS = ("ln1", "ln1_post", "ln2", "ln2_post", "ln_final")
 
 
 def build_weights(
@@ -30,9 +31,14 @@ def build_weights(
     Raises :class:`CheckpointKeyError` for keys that the table does not know, for keys that it needs and the checkpoint
     lacks, and for wrong shapes. Nothing is dropped silently.
     """
-    reader = _Reader(family, checkpoint, flags, dtype=dtype, device=device)
+    reader = _Reader(family, spec, checkpoint, flags, dtype=dtype, device=device)
     try:
         top = {name: reader.take(source) for name, source in family.model.items()}
+        if top.get("W_U") is None:
+            # Tied to the embedding as it is stored: a scaled embedding is scaled on the way in alone.
+            W_E = reader.take(dataclasses.replace(family.model["W_E"], times=None))
+            assert W_E is not None
+            top["W_U"] = W_E.t().contiguous()
         blocks = []
         for layer in range(spec.n_layers):
             part = {name: reader.take(source, layer) for name, source in family.block.items()}
@@ -48,10 +54,6 @@ def build_weights(
     finally:
         reader.release()
     reader.refuse_unread()
-    if top.get("W_U") is None:
-        W_E = top[family.tied_unembed]
-        assert W_E is not None
-        top["W_U"] = W_E.t().contiguous()
     weights = Weights(blocks=tuple(blocks), **({"W_pos": None, "b_U": None} | _grouped(top)))  # type: ignore[arg-type]
     check_shapes(spec, weights)
     weights.check_finite()
@@ -64,13 +66,15 @@ class _Reader:
     def __init__(
         self,
         family: Family,
+        spec: ModelSpec,
         checkpoint: Mapping[str, Tensor],
         flags: Mapping[str, Any],
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.family, self.checkpoint, self.flags, self.dtype, self.device = family, checkpoint, flags, dtype, device
+        self.family, self.spec, self.checkpoint, self.flags = family, spec, checkpoint, flags
+        self.dtype, self.device = dtype, device
         # A bare checkpoint leaves out the prefix of the body; heads (lm_head) never have it.
         self.keys: dict[str, str] = {}
         for key in checkpoint:
@@ -96,8 +100,7 @@ class _Reader:
                         f"{key!r} has dtype {stored.dtype}: quantised and complex checkpoints are not supported, load "
                         "an unquantised one"
                     )
-                tensor = stored.to(device=self.device, dtype=self.dtype)
-                parts.append(tensor.t() if source.layout == "transposed" else tensor)
+                parts.append(self._arranged(source, key, stored.to(device=self.device, dtype=self.dtype)))
                 self.unread.discard(key)
             elif flag or not optional:
                 numbers = re.findall(r"\d+", key)
@@ -106,6 +109,23 @@ class _Reader:
         if not parts:
             return None
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0].contiguous().clone()
+
+    def _arranged(self, source: Source, key: str, tensor: Tensor) -> Tensor:
+        """Brings a stored tensor into the layout of ``Weights``."""
+        if source.layout == "per_head_qkv":
+            heads = self.spec.n_heads
+            if tensor.shape[0] != 3 * heads * self.spec.d_head:
+                raise CheckpointKeyError(
+                    f"{key!r} has {tensor.shape[0]} rows, the config asks for 3 x {heads} heads x {self.spec.d_head}"
+                )
+            tensor = tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        if source.layout != "as_is":
+            tensor = tensor.t() if tensor.ndim == 2 else tensor
+        if source.skip:
+            tensor = tensor[source.skip :]
+        if source.times is not None:
+            tensor = tensor * source.times(self.spec)
+        return tensor + source.plus if source.plus else tensor
 
     def release(self) -> None:
         """Drops the checkpoint, so that its memory can go."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fastinterp.errors import CheckpointKeyError, ModelSourceError, UnknownFamilyError, UnsupportedConfigError
+from fastinterp.families import read_spec
 from fastinterp.load.hf import assemble
 from fastinterp.model.model import Model, Origin, Processing
+from fastinterp.model.spec import ModelSpec
 
-# Metadata that says again what the config says, or nothing about the computation.
-HARMLESS_FIELDS = frozenset(
-    {"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "attention.causal"}
-)
+# Metadata that says nothing about the computation, or what the tensors say again.
+HARMLESS_FIELDS = frozenset({"vocab_size", "attention.causal"})
 NEUTRAL_VALUES = {"rope.scaling.type": ("none", ""), "rope.scaling.factor": (0.0, 1.0), "expert_count": (0,)}
 
 
@@ -73,7 +73,8 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
     refuse_unknown_fields(
         {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1},
         config.model_type,
-        known=set(GGUF_CONFIG_MAPPING.get(config.model_type, {})),
+        known={field for field, key in GGUF_CONFIG_MAPPING.get(config.model_type, {}).items() if key is not None},
+        stated=stated_by(read_spec(config.to_dict(), type(config)().to_dict())[1]),
     )
     tensors: dict[str, Tensor] = {}
     for stored in reader.tensors:
@@ -96,16 +97,25 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def refuse_unknown_fields(fields: Mapping[str, Any], architecture: str, *, known: set[str]) -> None:
+def stated_by(spec: ModelSpec) -> dict[str, int]:
+    """Returns the values of metadata that ``transformers`` takes from elsewhere, or assumes."""
+    sizes = {"attention.key_length": spec.d_head, "attention.value_length": spec.d_head}
+    return sizes | {"rope.dimension_count": rope.dims for rope in spec.position.rope[:1]}
+
+
+def refuse_unknown_fields(
+    fields: Mapping[str, Any], architecture: str, *, known: set[str], stated: Mapping[str, Any]
+) -> None:
     """Raises :class:`UnsupportedConfigError` for metadata of the model that nobody reads, such as a rope scaling.
 
-    ``known`` are the names that ``transformers`` turns into the config, which is checked by itself.
+    ``known`` are the names that ``transformers`` turns into the config, which is checked by itself; what is in
+    ``stated`` must have the value that it has there.
     """
     for name, value in fields.items():
         prefix, _, field = name.partition(".")
         if prefix != architecture or field in known or field in HARMLESS_FIELDS:
             continue
-        if value in NEUTRAL_VALUES.get(field, ()):
+        if value in NEUTRAL_VALUES.get(field, ()) or (field in stated and value == stated[field]):
             continue
         raise UnsupportedConfigError(
             f"GGUF metadata {name}={value!r} is not supported (fastinterp does not know what it changes): load the "

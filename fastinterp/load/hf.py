@@ -182,9 +182,10 @@ def assemble(
             "unquantised checkpoint, or a .gguf file"
         )
     family, spec = read_spec(values, type(hf_config)().to_dict())
-    if not values.get("tie_word_embeddings", True) and "lm_head.weight" not in checkpoint:
+    heads = [key.removesuffix("?") for key in family.model["W_U"].keys]
+    if not values.get("tie_word_embeddings", True) and not any(head in checkpoint for head in heads):
         raise CheckpointKeyError(
-            "the checkpoint lacks 'lm_head.weight', and the config does not tie it to the embedding"
+            f"the checkpoint lacks {' or '.join(map(repr, heads))}, and the config does not tie it to the embedding"
         )
     # Folding wants at least float32, whatever the compute dtype.
     exact = torch.float64 if dtype == torch.float64 else torch.float32

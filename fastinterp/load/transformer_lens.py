@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastinterp.errors import CheckpointKeyError
-from fastinterp.families import read_spec
+from fastinterp.families import Family, read_spec
 from fastinterp.model.model import Model, Origin, Processing
 from fastinterp.model.process import process_weights
 from fastinterp.model.spec import ModelSpec
@@ -24,11 +24,12 @@ def load_bridge(
     nothing.
     """
     hf_config = bridge.original_model.config
-    _, spec = read_spec(hf_config.to_dict(), type(hf_config)().to_dict())
+    family, spec = read_spec(hf_config.to_dict(), type(hf_config)().to_dict())
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        parameters = {k: v.detach().to(device=device, dtype=exact) for k, v in bridge.tl_parameters().items()}
-        weights = weights_from_transformer_lens(spec, parameters)
+        given = dict(bridge.tl_parameters()) | _further_norms(bridge, spec)
+        parameters = {k: v.detach().to(device=device, dtype=exact) for k, v in given.items()}
+        weights = weights_from_transformer_lens(spec, family, parameters)
         check_shapes(spec, weights)
         weights.check_finite()
         if processing == "transformer_lens":
@@ -45,10 +46,32 @@ def load_bridge(
     )
 
 
-def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tensor]) -> Weights:
-    """Builds weights from TransformerLens's parameter names; raises for names that are left over or missing."""
+def _further_norms(bridge: Any, spec: ModelSpec) -> dict[str, Tensor]:
+    """Returns the norms that ``tl_parameters`` leaves out: of queries and keys, and after the sublayers."""
+    names = ["attn.q_norm", "attn.k_norm"] if spec.attention.qk_norm else []
+    names += ["ln1_post", "ln2_post"] if spec.post_norms else []
+    found = {}
+    for layer, block in enumerate(bridge.blocks):
+        for name in names:
+            part = block
+            for step in name.split("."):
+                part = getattr(part, step, None)
+            weight = getattr(part, "weight", None)
+            if isinstance(weight, Tensor):
+                found[f"blocks.{layer}.{name}.w"] = weight
+    return found
+
+
+def weights_from_transformer_lens(spec: ModelSpec, family: Family, parameters: Mapping[str, Tensor]) -> Weights:
+    """Builds weights from TransformerLens's parameter names; raises for names that are left over or missing.
+
+    A bridge holds embeddings and norms as the checkpoint stores them: what the family adds to or multiplies them by is
+    done here.
+    """
     rest = dict(parameters)
     group = spec.attention.group
+    stored_without = family.block["ln1.w"].plus
+    embed, shared_norm = family.model["W_E"], family.block["ln1.w"].keys == family.block["ln2.w"].keys
 
     def take(name: str) -> Tensor:
         if name not in rest:
@@ -61,10 +84,8 @@ def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tens
         return None if value is None or not bool((value != 0).any()) else value.clone()
 
     def norm(name: str) -> NormWeights:
-        w, b = rest.pop(f"{name}.w", None), rest.pop(f"{name}.b", None)
-        identity = w is None or bool((w == 1).all())
-        zero = b is None or not bool((b != 0).any())
-        return NormWeights(w=None if identity or w is None else w.clone(), b=None if zero or b is None else b.clone())
+        w, b = take(f"{name}.w") + stored_without, bias(f"{name}.b")
+        return NormWeights(w=None if bool((w == 1).all()) else w, b=b)
 
     def heads(tensor: Tensor, n_heads: int) -> Tensor:
         # Key and value matrices of grouped-query models come repeated per query head.
@@ -91,23 +112,31 @@ def weights_from_transformer_lens(spec: ModelSpec, parameters: Mapping[str, Tens
         b_gate_in = ([(bias(f"{mlp}.b_gate"), spec.mlp.d_mlp)] if gated else []) + [
             (bias(f"{mlp}.b_in"), spec.mlp.d_mlp)
         ]
+        ln1 = norm(f"blocks.{layer}.ln1")
+        qk_norms = [
+            take(f"{attn}.{name}.w") + stored_without if attention.qk_norm else None for name in ("q_norm", "k_norm")
+        ]
         blocks.append(
             BlockWeights(
-                ln1=norm(f"blocks.{layer}.ln1"),
+                ln1=ln1,
                 W_QKV=torch.cat([heads(take(f"{attn}.W_{letter}"), n) for letter, n in counts.items()], dim=-1),
                 b_QKV=fused_bias(biases),
                 W_O=take(f"{attn}.W_O").clone(),
                 b_O=bias(f"{attn}.b_O"),
-                ln2=norm(f"blocks.{layer}.ln2"),
+                ln2=ln1 if shared_norm else norm(f"blocks.{layer}.ln2"),
                 W_gate_in=torch.cat(W_gate_in, dim=-1),
                 b_gate_in=fused_bias(b_gate_in),
                 W_out=take(f"{mlp}.W_out").clone(),
                 b_out=bias(f"{mlp}.b_out"),
+                q_norm=qk_norms[0],
+                k_norm=qk_norms[1],
+                ln1_post=norm(f"blocks.{layer}.ln1_post") if spec.post_norms else None,
+                ln2_post=norm(f"blocks.{layer}.ln2_post") if spec.post_norms else None,
             )
         )
     weights = Weights(
-        W_E=take("embed.W_E").clone(),
-        W_pos=take("pos_embed.W_pos").clone() if spec.position.kind == "learned" else None,
+        W_E=take("embed.W_E") * (1.0 if embed.times is None else embed.times(spec)),
+        W_pos=take("pos_embed.W_pos")[family.model["W_pos"].skip :].clone() if "W_pos" in family.model else None,
         blocks=tuple(blocks),
         ln_final=norm("ln_final"),
         W_U=take("unembed.W_U").clone(),

@@ -3,7 +3,7 @@
 from fastinterp.model.forward import final_logits, forward
 from fastinterp.model.intervene import Capture, Edit, Taps
 from fastinterp.model.model import Model, Origin
-from fastinterp.model.spec import Attention, Mlp, ModelSpec, Norm, Position, RopeScaling
+from fastinterp.model.spec import Attention, Mlp, ModelSpec, Norm, Position, Rope, RopeScaling
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "NormWeights",
     "Origin",
     "Position",
+    "Rope",
     "RopeScaling",
     "Taps",
     "Weights",

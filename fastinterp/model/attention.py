@@ -1,6 +1,7 @@
-"""Grouped-query causal attention: from the normalised residual to ``z``, the mixed values of every head."""
+"""Grouped-query causal attention: from the residual to ``z``, the mixed values of every head."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastinterp.errors import OptionError
+from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import Taps
+from fastinterp.model.norms import normalize, rms_norm, tapped_norm
 from fastinterp.model.prefix import PrefixTree
 from fastinterp.model.rope import rope_tables, rotate
-from fastinterp.model.spec import ModelSpec
+from fastinterp.model.spec import ModelSpec, Rope
 from fastinterp.model.weights import BlockWeights
 
 STEADY_ROWS = 8
@@ -23,16 +27,17 @@ class Frame:
 
     Prompts are padded on the right, so the causal mask already keeps padding from real tokens. With a ``tree`` the
     residual stream is packed, ``[variant, node, d_model]`` instead of ``[batch, pos, d_model]``: everything but the
-    attention itself then acts per node, and the rotary tables are per node.
+    attention itself then acts per node, and the rotary tables are per node. With a ``past`` the tokens continue
+    sequences whose keys and values are known; masks then have a batch axis.
     """
 
     n_pos: int
-    cos: Float[Tensor, "pos 1 half"] | None
-    sin: Float[Tensor, "pos 1 half"] | None
-    masks: dict[int | None, Bool[Tensor, "query_pos key_pos"]]
+    rotations: Mapping[Rope, tuple[Tensor, Tensor]]
+    masks: Mapping[int | None, Bool[Tensor, "*batch query_pos key_pos"]]
     tree: PrefixTree | None = None
+    past: KeyValueCache | None = None
 
-    def mask(self, window: int | None) -> Bool[Tensor, "query_pos key_pos"]:
+    def mask(self, window: int | None) -> Bool[Tensor, "*batch query_pos key_pos"]:
         """True where a query may look."""
         return self.masks[window if window is not None and window < self.n_pos else None]
 
@@ -41,25 +46,49 @@ def make_frame(
     spec: ModelSpec, n_pos: int, *, device: torch.device, dtype: torch.dtype, tree: PrefixTree | None = None
 ) -> Frame:
     """Builds the tables for sequences of ``n_pos`` tokens, packed if there is a ``tree``."""
-    cos = sin = None
-    if spec.position.kind == "rotary":
-        cos, sin = rope_tables(spec.position, n_pos, device=device, dtype=dtype)
     positions = torch.arange(n_pos, device=device)
-    distance = positions[:, None] - positions[None, :]
+    return Frame(
+        n_pos=n_pos,
+        rotations=_rotations(spec, positions if tree is None else tree.pos, dtype),
+        masks=_masks(spec, positions, n_pos),
+        tree=tree,
+    )
+
+
+def continuing_frame(spec: ModelSpec, past: KeyValueCache, n_new: int, *, dtype: torch.dtype) -> Frame:
+    """Builds the tables for ``n_new`` more tokens of every sequence of a cache."""
+    positions = past.positions(n_new)
+    n_keys = past.n_keys(n_new)
+    return Frame(
+        n_pos=n_keys,
+        rotations=_rotations(spec, positions, dtype),
+        masks=_masks(spec, positions, n_keys),
+        past=past,
+    )
+
+
+def _rotations(
+    spec: ModelSpec, positions: Int[Tensor, "*rows"], dtype: torch.dtype
+) -> dict[Rope, tuple[Tensor, Tensor]]:
+    return {rope: rope_tables(rope, positions, dtype=dtype) for rope in dict.fromkeys(spec.position.rope)}
+
+
+def _masks(
+    spec: ModelSpec, positions: Int[Tensor, "*batch query_pos"], n_keys: int
+) -> dict[int | None, Bool[Tensor, "*batch query_pos key_pos"]]:
+    distance = positions[..., :, None] - torch.arange(n_keys, device=positions.device)
     masks: dict[int | None, Tensor] = {None: distance >= 0}
     for window in set(spec.attention.window):
-        if window is not None and window < n_pos:
+        if window is not None and window < n_keys:
             masks[window] = (distance >= 0) & (distance < window)
-    if tree is not None and cos is not None and sin is not None:
-        cos, sin = cos[tree.pos], sin[tree.pos]
-    return Frame(n_pos=n_pos, cos=cos, sin=sin, masks=masks, tree=tree)
+    return masks
 
 
 def project_qkv(
     spec: ModelSpec,
     w: BlockWeights,
     layer: int,
-    x: Float[Tensor, "batch pos d_model"],
+    resid: Float[Tensor, "batch pos d_model"],
     frame: Frame,
     taps: Taps,
 ) -> tuple[
@@ -67,19 +96,65 @@ def project_qkv(
     Float[Tensor, "batch pos kv_head d_head"],
     Float[Tensor, "batch pos kv_head d_head"],
 ]:
-    """Returns queries, keys and values; queries and keys are rotated, their taps see them before the rotation."""
+    """Returns queries, keys and values; the taps ``q`` and ``k`` see them before their norm and rotation."""
     attention = spec.attention
+    x = tapped_norm(spec, "ln1", layer, resid, w.ln1, taps)
     qkv = affine(x, w.W_QKV, w.b_QKV).unflatten(-1, (-1, attention.d_head))
-    q, k, v = qkv.split([attention.n_heads, attention.n_kv_heads, attention.n_kv_heads], dim=-2)
-    if taps.wants("q", layer):
-        q = taps("q", layer, q)
-    if taps.wants("k", layer):
-        k = taps("k", layer, k)
-    if taps.wants("v", layer):
-        v = taps("v", layer, v)
-    if frame.cos is not None and frame.sin is not None:
-        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
+    n, n_kv = attention.n_heads, attention.n_kv_heads
+    # Three views rather than one split: hooks may then change them in place where gradients are recorded.
+    q, k, v = qkv[..., :n, :], qkv[..., n : n + n_kv, :], qkv[..., n + n_kv :, :]
+    if taps.wants_any(SPLIT_INPUTS, layer):
+        q, k, v = _from_split_inputs(spec, w, layer, resid, taps, (q, k, v))
+    q, k, v = taps("q", layer, q), taps("k", layer, k), taps("v", layer, v)
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k = rms_norm(spec.norm, q, w.q_norm), rms_norm(spec.norm, k, w.k_norm)
+    if spec.position.kind == "rotary":
+        rope = spec.position.rope[layer]
+        q, k = rotate(rope, q, *frame.rotations[rope]), rotate(rope, k, *frame.rotations[rope])
+        q, k = taps("rot_q", layer, q), taps("rot_k", layer, k)
     return q, k, v
+
+
+SPLIT_INPUTS = ("attn_in", "q_input", "k_input", "v_input")
+
+
+def _from_split_inputs(
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    resid: Float[Tensor, "batch pos d_model"],
+    taps: Taps,
+    projected: tuple[Tensor, Tensor, Tensor],
+) -> list[Tensor]:
+    """Queries, keys and values where every head's own copy of the residual is tapped.
+
+    A copy that is only read is a view, and costs nothing; one that was replaced, or that a gradient shall flow to, is
+    normalised and projected head by head.
+    """
+    attention = spec.attention
+    shared = resid.unsqueeze(-2).expand(*resid.shape[:-1], attention.n_heads, -1)
+    attn_in = taps("attn_in", layer, shared)
+    wanted = taps.wants("attn_in", layer) and (attention.group == 1 or ("attn_in", layer) in taps.edits)
+    common = attn_in is not shared or (attn_in.requires_grad and wanted)
+    if common and attention.group > 1:
+        raise OptionError(
+            f"attn_in of layer {layer} cannot be replaced: {attention.n_heads} query heads share "
+            f"{attention.n_kv_heads} KV heads, and it is not clear whose copy those read; use q_input, k_input, v_input"
+        )
+    n_kv = attention.n_kv_heads
+    results = []
+    for name, n_heads, W, b, ready in (
+        ("q_input", attention.n_heads, w.W_Q, w.b_Q, projected[0]),
+        ("k_input", n_kv, w.W_K, w.b_K, projected[1]),
+        ("v_input", n_kv, w.W_V, w.b_V, projected[2]),
+    ):
+        seen = attn_in if common else resid.unsqueeze(-2).expand(*resid.shape[:-1], n_heads, -1)
+        own = taps(name, layer, seen)
+        if common or own is not seen or (own.requires_grad and taps.wants(name, layer)):
+            ready = torch.einsum("...hd,hde->...he", normalize(spec.norm, own, w.ln1), W)
+            ready = ready if b is None else ready + b
+        results.append(ready)
+    return results
 
 
 def attend(
@@ -91,7 +166,7 @@ def attend(
     frame: Frame,
     taps: Taps,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Returns ``z = softmax(scale * q k^T + mask) v`` per head; fused unless scores or pattern are tapped.
+    """Returns ``z = softmax(scale * q k^T + mask) v`` per head; fused unless scores or pattern are tapped or capped.
 
     Packed queries, keys and values are spread over the prompts for this and ``z`` is packed again.
     """
@@ -99,26 +174,12 @@ def attend(
         spread = dataclasses.replace(frame, tree=None)
         q, k, v = (tree.spread(part).flatten(0, 1) for part in (q, k, v))
         return tree.pack(attend(spec, layer, q, k, v, spread, taps).unflatten(0, (-1, len(tree.node))))
-    attention = spec.attention
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    window = attention.window[layer]
-    windowed = window is not None and window < frame.n_pos
-    if not (taps.wants("attn_scores", layer) or taps.wants("pattern", layer)):
-        z = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=frame.mask(window) if windowed else None,
-            is_causal=not windowed,
-            scale=attention.scale,
-            enable_gqa=attention.group > 1,
-        )
-        return z.transpose(1, 2)
-    k, v = (t.repeat_interleave(attention.group, dim=1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2) * attention.scale).masked_fill(~frame.mask(window), -torch.inf)
-    scores = taps("attn_scores", layer, scores)
-    pattern = taps("pattern", layer, scores.softmax(-1))
-    return (pattern @ v).transpose(1, 2)
+    if frame.past is not None:
+        k, v = frame.past.extended(layer, k, v, frame.n_pos)
+    window = spec.attention.window[layer]
+    causal = frame.past is None and (window is None or window >= frame.n_pos)
+    mask = frame.mask(window)
+    return _mix(spec, layer, q, k, v, mask if mask.ndim == 2 else mask.unsqueeze(1), taps, is_causal=causal)
 
 
 def attend_from(
@@ -129,21 +190,55 @@ def attend_from(
     v: Float[Tensor, "variant node kv_head d_head"],
     frame: Frame,
     query_pos: Int[Tensor, " batch"],
+    taps: Taps,
 ) -> Float[Tensor, "variant batch head d_head"]:
     """Like :func:`attend` for packed keys and values, with one query per prompt, at ``query_pos``."""
-    attention, tree = spec.attention, frame.tree
+    tree = frame.tree
     assert tree is not None
+    n_variants = len(q)
     k, v = (tree.spread(part).flatten(0, 1) for part in (k, v))
-    allowed = frame.mask(attention.window[layer])[query_pos].repeat(len(q), 1)
-    z = F.scaled_dot_product_attention(
-        q.flatten(0, 1).unsqueeze(2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=allowed[:, None, None, :],
-        scale=attention.scale,
-        enable_gqa=attention.group > 1,
-    )
-    return z.squeeze(2).view(q.shape)
+    allowed = frame.mask(spec.attention.window[layer])[query_pos].repeat(n_variants, 1)
+    z = _mix(spec, layer, q.flatten(0, 1).unsqueeze(1), k, v, allowed[:, None, None, :], taps, is_causal=False)
+    apart: Tensor = z.squeeze(1).unflatten(0, (n_variants, -1))
+    return apart
+
+
+def _mix(
+    spec: ModelSpec,
+    layer: int,
+    q: Float[Tensor, "batch query_pos head d_head"],
+    k: Float[Tensor, "batch key_pos kv_head d_head"],
+    v: Float[Tensor, "batch key_pos kv_head d_head"],
+    mask: Bool[Tensor, "*#batch query_pos key_pos"],
+    taps: Taps,
+    *,
+    is_causal: bool,
+) -> Float[Tensor, "batch query_pos head d_head"]:
+    """The attention itself. ``is_causal`` says that the mask is the plain causal one, which needs no tensor."""
+    attention = spec.attention
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if attention.softcap is None and not taps.wants_any(("attn_scores", "pattern"), layer):
+        z: Tensor = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if is_causal else mask,
+            is_causal=is_causal,
+            scale=attention.scale,
+            enable_gqa=attention.group > 1,
+        )
+        return z.transpose(1, 2)
+    # The queries of a group as more rows of one product, so that keys and values are not repeated.
+    n_kv, group = attention.n_kv_heads, attention.group
+    rows = q.unflatten(1, (n_kv, group)).flatten(2, 3)
+    scores = (rows @ k.transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * attention.scale
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    scores = taps("attn_scores", layer, scores.masked_fill(~mask, -torch.inf))
+    pattern = taps("pattern", layer, scores.softmax(-1))
+    z = pattern.unflatten(1, (n_kv, group)).flatten(2, 3) @ v
+    mixed: Tensor = z.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
+    return mixed
 
 
 def affine(

@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastinterp.errors import OptionError
-from fastinterp.model.attention import Frame, affine, attend, attend_from, make_frame, project_qkv
+from fastinterp.errors import OptionError, UnknownActivationError
+from fastinterp.model.attention import Frame, affine, attend, attend_from, continuing_frame, make_frame, project_qkv
+from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import NO_TAPS, Taps
-from fastinterp.model.norms import apply_affine, center, divide, norm_scale, normalize
+from fastinterp.model.norms import normalize, tapped_norm
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
@@ -27,11 +28,16 @@ PACKED_SITES = frozenset(
         "pos_embed",
         "resid_pre",
         "z",
+        "attn_raw",
+        "ln1_post_scale",
         "attn_out",
         "resid_mid",
+        "mlp_in",
         "pre",
         "pre_linear",
         "post",
+        "mlp_raw",
+        "ln2_post_scale",
         "mlp_out",
         "resid_post",
     }
@@ -46,10 +52,30 @@ def forward(
     Sequences are padded on the right with any valid token; nothing real attends to padding. Memory: a few
     ``[batch, pos, d_mlp]`` tensors plus what the taps keep.
     """
+    check_taps(spec, taps)
     resid = embed(weights, tokens, taps)
     frame = make_frame(spec, tokens.shape[1], device=resid.device, dtype=resid.dtype)
-    for layer, w in enumerate(weights.blocks):
-        resid = block(spec, w, layer, resid, frame, taps)
+    return run_blocks(spec, weights, resid, frame, taps)
+
+
+def extend(
+    spec: ModelSpec,
+    weights: Weights,
+    tokens: Int[Tensor, "batch new"],
+    n_new: Int[Tensor, " batch"],
+    past: KeyValueCache,
+    *,
+    taps: Taps = NO_TAPS,
+) -> Float[Tensor, "batch new d_model"]:
+    """Continues sequences whose keys and values are in ``past``, and adds those of the new tokens to it.
+
+    Returns the final residual of the new tokens; of row ``b`` only the first ``n_new[b]`` count, the rest is padding.
+    """
+    check_taps(spec, taps)
+    resid = embed(weights, tokens, taps, positions=past.positions(tokens.shape[1]))
+    frame = continuing_frame(spec, past, tokens.shape[1], dtype=resid.dtype)
+    resid = run_blocks(spec, weights, resid, frame, taps)
+    past.advance(n_new)
     return resid
 
 
@@ -73,28 +99,74 @@ def forward_at(
         raise OptionError(
             f"forward_at cannot tap {unfit[0]!r} (only capture {', '.join(sorted(PACKED_SITES))}): use forward"
         )
+    check_taps(spec, taps)
     tree = prefix_tree(tokens, n_tokens)
     taps = dataclasses.replace(taps, at=(torch.zeros_like(at), tree.nodes_at(at)))
     resid = embed(weights, tokens, taps, tree)
     frame = make_frame(spec, tree.n_pos, device=resid.device, dtype=resid.dtype, tree=tree)
-    for layer, w in enumerate(weights.blocks[:-1]):
-        resid = block(spec, w, layer, resid, frame, taps)
+    resid = run_blocks(spec, weights, resid, frame, taps, stop=spec.n_layers - 1)
     return block_at(spec, weights.blocks[-1], spec.n_layers - 1, resid, frame, at, taps).squeeze(0)
 
 
+def check_taps(spec: ModelSpec, taps: Taps) -> None:
+    """Raises :class:`~fastinterp.errors.UnknownActivationError` for what this architecture does not have."""
+    for name, layer in {*taps.wanted, *taps.edits}:
+        reason = missing_because(spec, name)
+        if reason:
+            where = name if layer is None else f"{name} of layer {layer}"
+            raise UnknownActivationError(f"there is no {where} in a {spec.family} model: {reason}")
+
+
+def missing_because(spec: ModelSpec, name: str) -> str | None:
+    """Says why this architecture does not have an activation, or returns ``None`` if it has it."""
+    if spec.parallel and name == "resid_mid":
+        return "its attention and MLP read the same residual; use resid_pre, or attn_out and mlp_out"
+    if not spec.post_norms and name.startswith(("ln1_post", "ln2_post")):
+        return "nothing is normalised after attention and MLP"
+    if spec.position.kind != "rotary" and name in ("rot_q", "rot_k"):
+        return "its queries and keys are not rotated; use q and k"
+    if spec.position.kind != "learned" and name == "pos_embed":
+        return "it has no position embedding"
+    if spec.mlp.kind == "plain" and name == "pre_linear":
+        return "its MLP has no gate; use pre"
+    return None
+
+
 def embed(
-    weights: Weights, tokens: Int[Tensor, "batch pos"], taps: Taps = NO_TAPS, tree: PrefixTree | None = None
+    weights: Weights,
+    tokens: Int[Tensor, "batch pos"],
+    taps: Taps = NO_TAPS,
+    tree: PrefixTree | None = None,
+    *,
+    positions: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "*rows d_model"]:
     """Returns the residual stream before the first block; positions count from each sequence's first token.
 
-    With a ``tree`` it is packed: ``[1, node, d_model]``.
+    With a ``tree`` it is packed: ``[1, node, d_model]``. ``positions`` are other ones than ``0, 1, 2, ...``.
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
     if tree is not None:
         tokens, positions = tokens[tree.row, tree.pos][None], tree.pos
     resid = taps("embed", None, F.embedding(tokens, weights.W_E))
     if weights.W_pos is not None:
         resid = resid + taps("pos_embed", None, weights.W_pos[positions].expand_as(resid))
+    return resid
+
+
+def run_blocks(
+    spec: ModelSpec,
+    weights: Weights,
+    resid: Float[Tensor, "*rows d_model"],
+    frame: Frame,
+    taps: Taps = NO_TAPS,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns the residual stream in front of block ``stop`` (or after the last), given it in front of ``start``."""
+    for layer in range(start, spec.n_layers if stop is None else stop):
+        resid = block(spec, weights.blocks[layer], layer, resid, frame, taps)
     return resid
 
 
@@ -108,14 +180,8 @@ def block(
 ) -> Float[Tensor, "batch pos d_model"]:
     """Returns the residual stream after block ``layer``."""
     resid = taps("resid_pre", layer, resid)
-    x = tapped_norm(spec, "ln1", layer, resid, w.ln1, taps)
-    q, k, v = project_qkv(spec, w, layer, x, frame, taps)
-    z = taps("z", layer, attend(spec, layer, q, k, v, frame, taps))
-    attn_out = taps("attn_out", layer, mix_heads(w, layer, z, taps))
-    resid = taps("resid_mid", layer, resid + attn_out)
-    x = tapped_norm(spec, "ln2", layer, resid, w.ln2, taps)
-    mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, x, taps))
-    return taps("resid_post", layer, resid + mlp_out)
+    q, k, v = project_qkv(spec, w, layer, resid, frame, taps)
+    return _after_attention(spec, w, layer, resid, attend(spec, layer, q, k, v, frame, taps), taps)
 
 
 def block_at(
@@ -133,26 +199,58 @@ def block_at(
     """
     assert frame.tree is not None
     resid = taps("resid_pre", layer, resid)
-    q, k, v = project_qkv(spec, w, layer, normalize(spec.norm, resid, w.ln1), frame, NO_TAPS)
+    q, k, v = project_qkv(spec, w, layer, resid, frame, NO_TAPS)
     last = frame.tree.nodes_at(at)
-    z = attend_from(spec, layer, q[:, last], k, v, frame, at)
+    z = attend_from(spec, layer, q[:, last], k, v, frame, at, NO_TAPS)
     # From here on there is one row per prompt. A single one is doubled: by itself a product sums it in another order.
     rows = torch.arange(len(at), device=at.device)
     if alone := z.shape[:2].numel() == 1:
         z, last = z.expand(1, 2, -1, -1), last.expand(2)
     taps = dataclasses.replace(taps, at=(torch.zeros_like(rows), rows))
-    attn_out = taps("attn_out", layer, mix_heads(w, layer, taps("z", layer, z)))
-    resid = taps("resid_mid", layer, resid[:, last] + attn_out)
-    mlp_out = taps("mlp_out", layer, mlp(spec, w, layer, normalize(spec.norm, resid, w.ln2), taps))
-    resid = taps("resid_post", layer, resid + mlp_out)
+    resid = _after_attention(spec, w, layer, resid[:, last], z, taps)
     return resid[:, :1] if alone else resid
+
+
+def _after_attention(
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    resid: Float[Tensor, "*rows d_model"],
+    z: Float[Tensor, "*rows head d_head"],
+    taps: Taps,
+) -> Float[Tensor, "*rows d_model"]:
+    """The rest of a block, row by row."""
+    attn_raw = taps("attn_raw", layer, mix_heads(w, layer, taps("z", layer, z), taps))
+    attn_out = taps("attn_out", layer, write_norm(spec, "ln1_post", layer, attn_raw, w.ln1_post, taps))
+    after = resid + attn_out
+    if not spec.parallel:
+        resid = after = taps("resid_mid", layer, after)
+    # A tensor of its own, since its gradient is that of the MLP alone.
+    mlp_in = taps("mlp_in", layer, resid.view_as(resid)) if taps.wants("mlp_in", layer) else resid
+    x = tapped_norm(spec, "ln2", layer, mlp_in, w.ln2, taps)
+    mlp_raw = taps("mlp_raw", layer, mlp(spec, w, layer, x, taps))
+    mlp_out = taps("mlp_out", layer, write_norm(spec, "ln2_post", layer, mlp_raw, w.ln2_post, taps))
+    return taps("resid_post", layer, after + mlp_out)
 
 
 def mlp_residual(
     spec: ModelSpec, w: BlockWeights, layer: int, resid_mid: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows d_model"]:
-    """Returns ``resid_post`` from ``resid_mid``: the second half of a block."""
-    return resid_mid + mlp(spec, w, layer, normalize(spec.norm, resid_mid, w.ln2))
+    """Returns ``resid_post`` from ``resid_mid``: the second half of a block that is not parallel."""
+    mlp_raw = mlp(spec, w, layer, normalize(spec.norm, resid_mid, w.ln2))
+    return resid_mid + write_norm(spec, "ln2_post", layer, mlp_raw, w.ln2_post)
+
+
+def write_norm(
+    spec: ModelSpec,
+    name: str,
+    layer: int,
+    written: Float[Tensor, "*rows d_model"],
+    weights: NormWeights | None,
+    taps: Taps = NO_TAPS,
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns what a sublayer adds to the residual: its output, through the post-norm where there is one."""
+    return written if weights is None else tapped_norm(spec, name, layer, written, weights, taps)
 
 
 def mix_heads(
@@ -195,24 +293,9 @@ def activate(activation: Activation, x: Float[Tensor, "*rows d_mlp"]) -> Float[T
             return F.silu(x)
 
 
-def tapped_norm(
-    spec: ModelSpec,
-    name: str,
-    layer: int | None,
-    resid: Float[Tensor, "*rows d_model"],
-    weights: NormWeights,
-    taps: Taps,
-) -> Float[Tensor, "*rows d_model"]:
-    """Normalises the residual; its scale and its normalised value (before the affine part) can be tapped."""
-    if not (taps.wants(f"{name}_scale", layer) or taps.wants(f"{name}_normalized", layer)):
-        return normalize(spec.norm, resid, weights)
-    scale = taps(f"{name}_scale", layer, norm_scale(spec.norm, resid))
-    return apply_affine(taps(f"{name}_normalized", layer, divide(center(spec.norm, resid), scale)), weights)
-
-
 def final_logits(
     spec: ModelSpec, weights: Weights, resid: Float[Tensor, "*rows d_model"], *, taps: Taps = NO_TAPS
 ) -> Float[Tensor, "*rows d_vocab"]:
     """Returns the logits of a final residual. Memory: ``d_vocab`` per row; metrics and analyses do without it."""
-    x = tapped_norm(spec, "ln_final", None, resid, weights.ln_final, taps)
-    return affine(x, weights.W_U, weights.b_U)
+    logits = affine(tapped_norm(spec, "ln_final", None, resid, weights.ln_final, taps), weights.W_U, weights.b_U)
+    return logits if spec.final_softcap is None else spec.final_softcap * torch.tanh(logits / spec.final_softcap)

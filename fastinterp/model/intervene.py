@@ -7,6 +7,7 @@ activations that the fast path does not form (``pattern``, ``attn_scores``, ``re
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,15 @@ from fastinterp.errors import OptionError
 from fastinterp.names import activation, check_index
 
 Key = tuple[str, int | None]
+
+
+@runtime_checkable
+class Replaces(Protocol):
+    """Anything that takes an activation and returns what shall stand in its place."""
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Returns the replacement; ``value`` itself must stay as it is."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +110,7 @@ class Taps:
     """
 
     wanted: frozenset[Key] = frozenset()
-    edits: dict[Key, list[Edit]] = field(default_factory=dict)
+    edits: dict[Key, list[Replaces]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
     at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None
 
@@ -121,7 +131,7 @@ class Taps:
                 continue
             layers = range(n_layers) if request.layers is None else request.layers
             wanted |= {(request.name, check_index("layer", layer, n_layers)) for layer in layers}
-        by_site: dict[Key, list[Edit]] = {}
+        by_site: dict[Key, list[Replaces]] = {}
         for edit in edits:
             layer = check_index("layer", edit.layer, n_layers) if activation(edit.site).per_layer else None
             by_site.setdefault((edit.site, layer), []).append(edit)
@@ -131,12 +141,20 @@ class Taps:
         """Whether this activation is read or replaced."""
         return (name, layer) in self.wanted or (name, layer) in self.edits
 
+    def wants_any(self, names: Iterable[str], layer: int | None) -> bool:
+        """Whether one of these activations is read or replaced."""
+        return any(self.wants(name, layer) for name in names)
+
     def __call__(self, name: str, layer: int | None, value: Tensor) -> Tensor:
         """Makes the edits of this site, keeps the value if it was asked for, and returns it."""
         for edit in self.edits.get((name, layer), ()):
             value = edit.apply(value)
         if (name, layer) in self.wanted:
             some = self.at is not None and "pos" in activation(name).dims
+            siblings = TOGETHER.get(name, ())
+            if not some and value._is_view() and not all((other, layer) in self.wanted for other in siblings):
+                # A view would keep its whole base alive. The copy is also what goes on, so that gradients reach it.
+                value = value.clone()
             self.values[name, layer] = value[self.at] if some else value
         return value
 
@@ -145,4 +163,12 @@ class Taps:
         return torch.stack([self.values[name, layer] for layer in range(n_layers)])
 
 
+# Views of one tensor, which is kept without copies if all of them are wanted.
+TOGETHER = {
+    "q": ("k", "v"),
+    "k": ("q", "v"),
+    "v": ("q", "k"),
+    "pre": ("pre_linear",),
+    "pre_linear": ("pre",),
+}
 NO_TAPS = Taps()

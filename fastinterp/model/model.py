@@ -2,18 +2,24 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from fastinterp.errors import TokenizerMissingError
+from fastinterp.errors import TokenizerMissingError, UnknownActivationError
+from fastinterp.model.forward import final_logits, forward
+from fastinterp.model.intervene import Capture, Edit, Taps
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import Weights
+from fastinterp.names import check_index
 
-Processing = Literal["transformer_lens", "none"]
+# "custom" is some other choice of steps, which HookedTransformer.from_pretrained can make.
+Processing = Literal["transformer_lens", "none", "custom"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +29,35 @@ class Origin:
     source: str
     revision: str | None = None
     processing: Processing = "transformer_lens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one forward gave: the final residual stream and the captured activations, by name and layer."""
+
+    model: "Model"
+    resid: Float[Tensor, "batch pos d_model"]
+    values: Mapping[tuple[str, int | None], Tensor]
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        """Returns ``run["z", 9]``, or ``run["embed"]`` for activations outside of the blocks; negative layers count."""
+        name, layer = (key, None) if isinstance(key, str) else key
+        if layer is not None:
+            layer = check_index("layer", layer, self.model.spec.n_layers)
+        if (name, layer) not in self.values:
+            captured = ", ".join(sorted({captured for captured, _ in self.values})) or "nothing"
+            raise UnknownActivationError(
+                f"{name!r} of layer {layer} was not captured (captured: {captured}): type capture=[{name!r}]"
+            )
+        return self.values[name, layer]
+
+    def stacked(self, name: str) -> Float[Tensor, "layer ..."]:
+        """Returns an activation of all layers as one tensor."""
+        return torch.stack([self[name, layer] for layer in range(self.model.spec.n_layers)])
+
+    def logits(self, pos: slice | int = slice(None)) -> Tensor:
+        """Returns the logits at all positions or some: ``logits(-1)`` is ``[batch, d_vocab]``."""
+        return final_logits(self.model.spec, self.model.weights, self.resid[:, pos])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +87,32 @@ class Model:
         weights = self.weights.to(device=device, dtype=dtype)
         weights.check_finite()
         return dataclasses.replace(self, weights=weights)
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        capture: Iterable[Capture | str] = (),
+        edits: Iterable[Edit] = (),
+    ) -> Run:
+        """Runs tokens (padded on the right) through the model and returns what was captured: hooks as data.
+
+        A name captures an activation at all layers, ``Capture(name="z", layers=(3, -1))`` at some;
+        ``Edit(site="z", layer=9, head=6, replacement=0.0)`` replaces one. Names are those of ``fastinterp.names``.
+        Gradients are recorded as everywhere in torch: put the call under ``torch.no_grad()`` where none are wanted, and
+        make an activation their beginning with ``requires_grad_()`` on a replacement.
+
+        Raises :class:`UnknownActivationError` and :class:`SiteRangeError` for what the model does not have. Memory:
+        what is captured, and a few ``[batch, pos, d_mlp]`` tensors; logits only once ``.logits()`` is called.
+
+        Example:
+            >>> run = model.run(tokens, capture=["z", "pattern"])                  # doctest: +SKIP
+            >>> run["z", 9].shape                                                  # doctest: +SKIP
+            torch.Size([8, 16, 12, 64])
+        """
+        taps = Taps.of(self.spec.n_layers, capture=capture, edits=edits)
+        resid = forward(self.spec, self.weights, tokens.to(self.device), taps=taps)
+        return Run(model=self, resid=resid, values=taps.values)
 
     @cached_property
     def weights_sha256(self) -> str:

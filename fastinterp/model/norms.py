@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastinterp.model.spec import Norm
+from fastinterp.model.intervene import Taps
+from fastinterp.model.spec import ModelSpec, Norm
 from fastinterp.model.weights import NormWeights
 
 
@@ -48,3 +49,27 @@ def normalize(norm: Norm, x: Float[Tensor, "*rows d_model"], weights: NormWeight
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weights.w, weights.b, norm.eps)
     return apply_affine(divide(x, norm_scale(norm, x)), weights)
+
+
+def tapped_norm(
+    spec: ModelSpec,
+    name: str,
+    layer: int | None,
+    resid: Float[Tensor, "*rows d_model"],
+    weights: NormWeights,
+    taps: Taps,
+) -> Float[Tensor, "*rows d_model"]:
+    """Normalises the residual; its scale and its normalised value (before the affine part) can be tapped."""
+    if not (taps.wants(f"{name}_scale", layer) or taps.wants(f"{name}_normalized", layer)):
+        return normalize(spec.norm, resid, weights)
+    scale = taps(f"{name}_scale", layer, norm_scale(spec.norm, resid))
+    return apply_affine(taps(f"{name}_normalized", layer, divide(center(spec.norm, resid), scale)), weights)
+
+
+def rms_norm(
+    norm: Norm, x: Float[Tensor, "*rows d_head"], w: Float[Tensor, " d_head"]
+) -> Float[Tensor, "*rows d_head"]:
+    """Returns the RMS norm of every query or key by itself, with the model's ``eps``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return (wide / scale).to(x.dtype) * w

@@ -47,13 +47,15 @@ class PrefixTree:
         if self.n_nodes == self.node.numel():
             apart: Tensor = values.unflatten(1, self.node.shape)
             return apart
-        return values[:, self.node]
+        # index_select copies whole rows, several times as fast as indexing with a tensor.
+        spread: Tensor = values.index_select(1, self.node.flatten()).unflatten(1, self.node.shape)
+        return spread
 
     def pack(self, values: Shaped[Tensor, "variant batch pos *rest"]) -> Shaped[Tensor, "variant node *rest"]:
         """Returns one value per node."""
         if self.n_nodes == self.node.numel():
             return values.flatten(1, 2)
-        return values[:, self.row, self.pos]
+        return values.flatten(1, 2).index_select(1, self.row * self.n_pos + self.pos)
 
 
 def prefix_tree(

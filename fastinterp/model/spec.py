@@ -21,38 +21,63 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How long-context checkpoints stretch their rotary frequencies (``linear`` uses ``factor`` alone)."""
+    """How long-context checkpoints stretch their rotary frequencies.
 
-    kind: Literal["linear", "llama3"]
+    ``linear`` divides all by ``factor``. ``llama3`` divides the long wavelengths, as set by ``low_freq_factor`` and
+    ``high_freq_factor``. ``yarn`` does so between the dimensions that turn ``beta_fast`` and ``beta_slow`` times within
+    ``original_n_ctx`` (rounded outwards if ``truncate``), and multiplies queries and keys by ``attention_factor``.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_n_ctx: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The rotation of queries and keys in one layer: the first ``dims`` of a head turn, at wavelengths set by ``base``.
+
+    ``halves`` pairs ``x[i]`` with ``x[i + dims/2]``, ``interleaved`` pairs ``x[2i]`` with ``x[2i + 1]``.
+    """
+
+    dims: int
+    base: float = 10000.0
+    layout: Literal["halves", "interleaved"] = "halves"
+    scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
     """How the model knows where a token stands.
 
-    ``learned``: ``W_pos`` is added to the embedding. ``rotary``: the first ``rotary_dims`` of every query and key are
-    rotated, halves paired (``x[i]`` with ``x[i + rotary_dims/2]``), with wavelengths set by ``base``.
+    ``learned``: ``W_pos`` is added to the embedding. ``rotary``: queries and keys of layer ``l`` turn by ``rope[l]``.
     """
 
     kind: Literal["learned", "rotary"]
-    rotary_dims: int = 0
-    base: float = 10000.0
-    scaling: RopeScaling | None = None
+    rope: tuple[Rope, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Grouped-query causal attention; ``window[layer]`` limits how many keys a query sees (itself included)."""
+    """Grouped-query causal attention.
+
+    ``window[layer]`` limits how many keys a query sees (itself included). With ``qk_norm`` every query and key goes
+    through an RMS norm of its own. ``softcap`` bounds the scaled scores: ``softcap * tanh(scores / softcap)``.
+    """
 
     n_heads: int
     n_kv_heads: int
     d_head: int
     scale: float
     window: tuple[int | None, ...]
+    qk_norm: bool = False
+    softcap: float | None = None
 
     @property
     def group(self) -> int:
@@ -71,7 +96,12 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The whole architecture. Everything that ``forward`` does is decided by these fields and by which biases exist."""
+    """The whole architecture. Everything that ``forward`` does is decided by these fields and by which biases exist.
+
+    ``parallel``: attention and MLP of a block both read ``resid_pre``, so that there is no ``resid_mid``.
+    ``post_norms``: what attention and MLP write goes through a norm of its own (``ln1_post``, ``ln2_post``).
+    ``final_softcap`` bounds the logits like :class:`Attention`'s ``softcap`` the scores.
+    """
 
     family: str
     n_layers: int
@@ -82,7 +112,16 @@ class ModelSpec:
     position: Position
     attention: Attention
     mlp: Mlp
+    parallel: bool = False
+    post_norms: bool = False
+    final_softcap: float | None = None
     default_prepend_bos: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses a combination that no model has."""
+        assert not (self.parallel and self.post_norms)
+        assert len(self.attention.window) == self.n_layers
+        assert len(self.position.rope) == (self.n_layers if self.position.kind == "rotary" else 0)
 
     @property
     def n_heads(self) -> int:

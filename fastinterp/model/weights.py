@@ -27,7 +27,7 @@ class NormWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
-    """One transformer block. Biases that the model does not have are ``None``."""
+    """One transformer block. Biases and norms that the model does not have are ``None``."""
 
     ln1: NormWeights
     W_QKV: Float[Tensor, "d_model qkv"]
@@ -39,6 +39,10 @@ class BlockWeights:
     b_gate_in: Float[Tensor, " gate_in"] | None
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
+    q_norm: Float[Tensor, " d_head"] | None = None
+    k_norm: Float[Tensor, " d_head"] | None = None
+    ln1_post: NormWeights | None = None
+    ln2_post: NormWeights | None = None
 
     @property
     def d_head(self) -> int:
@@ -188,6 +192,8 @@ def check_shapes(spec: ModelSpec, weights: Weights) -> None:
         "b_gate_in": (gate_in,),
         "W_out": (spec.mlp.d_mlp, d_model),
         "b_out": (d_model,),
+        "q_norm": (attention.d_head,),
+        "k_norm": (attention.d_head,),
         "w": (d_model,),
         "b": (d_model,),
     }
@@ -197,6 +203,15 @@ def check_shapes(spec: ModelSpec, weights: Weights) -> None:
         "W_U": (d_model, spec.d_vocab),
         "b_U": (spec.d_vocab,),
     }
+    for block in weights.blocks[:1]:
+        for name, wanted in (
+            ("q_norm", attention.qk_norm),
+            ("k_norm", attention.qk_norm),
+            ("ln1_post", spec.post_norms),
+            ("ln2_post", spec.post_norms),
+        ):
+            if (getattr(block, name) is not None) != wanted:
+                raise CheckpointKeyError(f"the blocks have {'no' if wanted else 'a'} {name}, the config says otherwise")
     if len(weights.blocks) != spec.n_layers:
         raise CheckpointKeyError(f"the checkpoint has {len(weights.blocks)} blocks, the config says {spec.n_layers}")
     for name, tensor in weights.named():

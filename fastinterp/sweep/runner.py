@@ -5,20 +5,21 @@ edited ones: at every layer the stack takes one step, and the variants of that l
 read once per layer for all variants, and no layer is computed for a variant before its edit. Residuals are kept per
 node of the batch's prefix tree, so padding and repeated beginnings are not computed.
 
-    operations = nodes x sum over variants of (MLP of its layer + every block above)
+    operations = nodes x sum over variants of (MLP of its layer, unless parallel, + every block above)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.model.attention import affine, make_frame
-from fastinterp.model.forward import block, block_at, embed, forward, mlp_residual
+from fastinterp.model.forward import block, block_at, embed, forward, mix_heads, mlp_residual, write_norm
 from fastinterp.model.intervene import Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
+from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
 from fastinterp.sweep.variants import Variant
 
@@ -100,12 +101,13 @@ class _Pass:
             if entered < len(variants):
                 taps = self._taps(layer)
                 self.clean = block(spec, w, layer, self.clean, self.frame, taps)
-                z, resid_mid = taps.values["z", layer], taps.values["resid_mid", layer]
                 joined = stack[entered : entered + len(new)]
+                clean = {name: value for (name, _), value in taps.values.items()}
                 for variant, out in zip(new, joined, strict=True):
-                    out.copy_(_entering(w, variant, z, resid_mid, self.tree.row, self.tree.pos)[0])
-                for part in self._parts(joined):
-                    part.copy_(mlp_residual(spec, w, layer, part))
+                    out.copy_(_entering(spec, w, variant, clean, self.tree.row, self.tree.pos)[0])
+                if not spec.parallel:
+                    for part in self._parts(joined):
+                        part.copy_(mlp_residual(spec, w, layer, part))
                 entered += len(new)
         return self.tree.spread(stack)[:, :, : self.n_pos]
 
@@ -121,15 +123,16 @@ class _Pass:
         if new:
             taps = self._taps(layer)
             block_at(spec, w, layer, self.clean, self.frame, self.at, taps)
-            z, resid_mid = taps.values["z", layer][None], taps.values["resid_mid", layer][None]
+            clean = {name: value[None] for (name, _), value in taps.values.items()}
             for variant, out in zip(new, final[entered:], strict=True):
-                out.copy_(_entering(w, variant, z, resid_mid, rows, self.at)[0])
-            final[entered:] = mlp_residual(spec, w, layer, final[entered:])
+                out.copy_(_entering(spec, w, variant, clean, rows, self.at)[0])
+            if not spec.parallel:
+                final[entered:] = mlp_residual(spec, w, layer, final[entered:])
         return final
 
     def _taps(self, layer: int) -> Taps:
         """What the clean run shows to the variants of a layer."""
-        names = ("z", "resid_mid")
+        names = ("z", *_entering_from(self.spec))
         return Taps.of(self.spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in names])
 
     def _parts(self, stack: Tensor) -> Sequence[Tensor]:
@@ -137,20 +140,34 @@ class _Pass:
         return stack.split(self.step_variants) if len(stack) else ()
 
 
+def _entering_from(spec: ModelSpec) -> tuple[str, ...]:
+    """Which activations of the clean run a variant is made from, beside ``z``."""
+    if spec.parallel:
+        return ("resid_post",)
+    return ("attn_out", "resid_mid") if spec.post_norms else ("resid_mid",)
+
+
 def _entering(
+    spec: ModelSpec,
     w: BlockWeights,
     variant: Variant,
-    z: Float[Tensor, "1 n head d_head"],
-    resid_mid: Float[Tensor, "1 n d_model"],
+    clean: Mapping[str, Tensor],
     rows: Int[Tensor, " n"],
     pos: Int[Tensor, " n"],
 ) -> Float[Tensor, "1 n d_model"]:
-    """Returns the variant's ``resid_mid``: the clean one plus what the edited heads write differently."""
-    edited = z
+    """Returns the variant's ``resid_mid``: the clean one plus what the edited heads write differently.
+
+    In a parallel block the MLP sees nothing of it, and ``resid_post`` is returned at once.
+    """
+    edited = z = clean["z"]
     heads: set[int] = set()
     for edit in variant.edits:
         edited = edit.gathered(rows, pos).apply(edited)
         heads |= set(range(z.shape[-2])) if edit.head is None else {edit.head % z.shape[-2]}
+    if spec.post_norms:
+        # From all heads: a norm would blow up the rounding of a difference, where the edited heads are most of the sum.
+        written = write_norm(spec, "ln1_post", 0, mix_heads(w, 0, edited), w.ln1_post)
+        return clean["resid_mid"] + (written - clean["attn_out"])
     chosen = sorted(heads)
-    change = (edited - z)[..., chosen, :].flatten(-2)
-    return resid_mid + affine(change, w.W_O[chosen].flatten(0, 1), None)
+    change = affine((edited - z)[..., chosen, :].flatten(-2), w.W_O[chosen].flatten(0, 1), None)
+    return clean["resid_post" if spec.parallel else "resid_mid"] + change

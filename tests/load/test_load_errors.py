@@ -105,7 +105,7 @@ def test_a_file_that_is_no_directory(saved):
         fastinterp.load(saved() / "config.json")
 
 
-@pytest.mark.parametrize("model_type", ["notamodel", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["notamodel", "bloom"])
 def test_a_directory_of_an_unknown_family(saved, model_type):
     with pytest.raises(UnknownFamilyError, match=f"'{model_type}'.*known are gpt2, llama, mistral"):
         fastinterp.load(saved(model_type=model_type))

@@ -146,4 +146,4 @@ def test_metadata_that_nobody_reads_is_refused(write, tiny_tokenizer, key, value
 
 def test_metadata_that_changes_nothing_is_accepted(write, tiny_tokenizer):
     path = write(metadata=[("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0)])
-    assert fastinterp.load(path, tokenizer=tiny_tokenizer, device="cpu").spec.position.scaling is None
+    assert fastinterp.load(path, tokenizer=tiny_tokenizer, device="cpu").spec.position.rope[0].scaling is None

@@ -127,7 +127,9 @@ def test_rope_scaling_equals_hugging_face(tiny_builders, logits_of, hf_logits, k
     model = fastinterp.load(hf_model, processing="none", device="cpu")
     got = logits_of(model, torch.tensor([prompt]))[0]
     assert largest(got - hf_logits(hf_model, prompt)) < TOLERANCE
-    position = dataclasses.replace(model.spec.position, scaling=None, base=10000.0)
+    (rope,) = set(model.spec.position.rope)
+    unscaled = dataclasses.replace(rope, scaling=None, base=10000.0)
+    position = dataclasses.replace(model.spec.position, rope=(unscaled,) * model.spec.n_layers)
     plain = dataclasses.replace(model, spec=dataclasses.replace(model.spec, position=position))
     assert largest(logits_of(plain, torch.tensor([prompt]))[0] - got) > 0.1
 

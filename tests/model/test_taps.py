@@ -5,19 +5,23 @@ import torch
 
 from fastinterp.errors import SiteRangeError, UnknownActivationError
 from fastinterp.model import Capture, Taps, final_logits, forward
+from fastinterp.model.forward import missing_because
 from fastinterp.names import ACTIVATIONS
 
 TOLERANCE = 1e-4
 MODELS = ["gpt2", "llama-gqa", "llama-biases-mqa-head-dim", "mistral-window", "llama-one-head-one-layer"]
 
 # Read, these make attention or norms take another route, with other rounding; all others are read in passing.
-OTHER_ROUTE = {"attn_scores", "pattern", "result"} | {name for name in ACTIVATIONS if name.startswith("ln")}
+# Of several views of one tensor, one alone is copied, and what follows reads it in another order.
+COPIED = {"q", "k", "v", "pre", "pre_linear"}
+OTHER_ROUTE = {"attn_scores", "pattern", "result"} | COPIED | {name for name in ACTIVATIONS if name.startswith("ln")}
+
+HEAD_INPUTS = dict.fromkeys(("attn_in", "q_input", "k_input", "v_input"), "resid_pre") | {"mlp_in": "resid_mid"}
 
 
 def available(model):
     """Names that this model computes."""
-    absent = {"pos_embed"} if model.spec.position.kind == "rotary" else {"pre_linear"}
-    return [name for name in ACTIVATIONS if name not in absent]
+    return [name for name in ACTIVATIONS if missing_because(model.spec, name) is None]
 
 
 def layers_of(model, name):
@@ -59,10 +63,15 @@ def test_every_name_has_its_declared_shape(zoo, tiny_name, token_prompts, padded
 
 
 @pytest.mark.parametrize("tiny_name", MODELS, indirect=True)
-def test_activations_that_the_model_lacks_are_not_captured(zoo, tiny_name):
+def test_activations_that_the_model_lacks_are_refused(zoo, tiny_name):
     model = zoo.model(tiny_name)
-    values, _ = read(model, torch.arange(4)[None], list(ACTIVATIONS))
+    values, _ = read(model, torch.arange(4)[None], available(model))
     assert {name for name, _ in values} == set(available(model))
+    lacking = set(ACTIVATIONS) - set(available(model))
+    assert {"ln1_post_scale", "ln2_post_normalized"} <= lacking
+    for name in lacking:
+        with pytest.raises(UnknownActivationError, match=f"there is no {name}"):
+            read(model, torch.arange(4)[None], [name])
 
 
 @pytest.mark.parametrize("tiny_name", MODELS, indirect=True)
@@ -78,6 +87,10 @@ def test_every_value_equals_transformer_lens(zoo, tiny_name, token_prompts):
             bridge.set_use_attn_result(False)
         values, _ = read(model, tokens, available(model))
         for (name, layer), value in values.items():
+            if name in HEAD_INPUTS:  # copies of the residual, which a bridge makes only if told to
+                expected = values[HEAD_INPUTS[name], layer]
+                assert torch.equal(value, expected if name == "mlp_in" else expected[:, :, None].expand_as(value))
+                continue
             expected = cache[ACTIVATIONS[name].hook.format(layer=layer)]
             assert value.shape == expected.shape, (name, layer)
             allowed = torch.isfinite(expected) if name == "attn_scores" else torch.ones_like(value).bool()
