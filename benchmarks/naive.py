@@ -132,3 +132,34 @@ def _difference(
 ) -> Float[Tensor, " batch"]:
     last = logits[:, -1]
     return (last.gather(1, answer[:, None]) - last.gather(1, wrong[:, None])).squeeze(1)
+
+
+@torch.no_grad()
+def full_cache(model: Any, tokens: Int[Tensor, "batch pos"]) -> tuple[Float[Tensor, "batch pos d_vocab"], Any]:
+    """Logits, and a cache of everything that is cached by default."""
+    return model.run_with_cache(tokens)
+
+
+@torch.no_grad()
+def bare_forward(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits at every position, and nothing else."""
+    return model(tokens, return_type="logits")
+
+
+@torch.no_grad()
+def greedy_rereading(bridge: Any, tokens: Int[Tensor, "batch pos"], n_new: int) -> Int[Tensor, "batch new"]:
+    """New tokens as a notebook's own loop chooses them: for each, all tokens are read and the last logits looked at."""
+    n_pos = tokens.shape[1]
+    for _ in range(n_new):
+        chosen = bridge(tokens, return_type="logits").argmax(-1)[:, -1]
+        tokens = torch.cat([tokens, chosen[:, None]], dim=-1)
+    return tokens[:, n_pos:]
+
+
+@torch.no_grad()
+def greedy_cached(bridge: Any, tokens: Int[Tensor, "batch pos"], n_new: int) -> Int[Tensor, "batch new"]:
+    """New tokens by TransformerLens's own ``generate``, which keeps keys and values."""
+    whole = bridge.generate(
+        tokens, max_new_tokens=n_new, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
+    )
+    return whole[:, tokens.shape[1] :]

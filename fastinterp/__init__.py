@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ActivationCache": "fastinterp.hooked",
     "FastinterpError": "fastinterp.errors",
+    "HookedTransformer": "fastinterp.hooked",
     "METRICS": "fastinterp.metrics",
     "Model": "fastinterp.model.model",
     "ModelSpec": "fastinterp.model.spec",
@@ -28,6 +30,7 @@ _PUBLIC = {
     "open": "fastinterp.engine",
     "plan": "fastinterp.engine",
     "scan": "fastinterp.engine",
+    "utils": "fastinterp.hooked",
     "write_html": "fastinterp.report",
 }
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from fastinterp.engine import describe, open, scan
     from fastinterp.engine.plan import plan
     from fastinterp.errors import FastinterpError
+    from fastinterp.hooked import ActivationCache, HookedTransformer, utils
     from fastinterp.load import load
     from fastinterp.metrics import METRICS
     from fastinterp.model.model import Model
@@ -46,7 +50,9 @@ if TYPE_CHECKING:
 __all__ = [
     "METRICS",
     "TASKS",
+    "ActivationCache",
     "FastinterpError",
+    "HookedTransformer",
     "Model",
     "ModelSpec",
     "PromptSet",
@@ -58,6 +64,7 @@ __all__ = [
     "open",
     "plan",
     "scan",
+    "utils",
     "write_html",
 ]
 

@@ -1,6 +1,7 @@
 """The cases, one file per analysis. To add one: write its ``Case`` and list it in its file's ``CASES``."""
 
-from benchmarks.cases import ablate, direct_logit_attribution
+from benchmarks.cases import ablate, cache_full, direct_logit_attribution, generate
 from benchmarks.harness import Case
 
-CASES: dict[str, Case] = {case.name: case for case in (*direct_logit_attribution.CASES, *ablate.CASES)}
+MODULES = (direct_logit_attribution, ablate, cache_full, generate)
+CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

@@ -131,6 +131,30 @@ def test_ablation_head_by_head_and_layer_by_layer(bridge: Any, hf_model: Any) ->
                 torch.testing.assert_close(found.double(), expected, atol=TOLERANCE, rtol=0)
 
 
+@torch.no_grad()
+def test_generation_with_and_without_keys_and_values(bridge: Any, hf_model: Any) -> None:
+    model, tokens = copy.deepcopy(hf_model).double(), TOKENS
+    for _ in range(12):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    expected = tokens[:, TOKENS.shape[1] :]
+    assert len(expected.unique()) >= 5
+    for function in (naive.greedy_rereading, naive.greedy_cached):
+        assert torch.equal(function(bridge, TOKENS, 12), expected)
+        assert torch.equal(function(bridge, TOKENS[1:2], 12), expected[1:2])
+
+
+def test_cache_and_bare_forward(bridge: Any, hf_model: Any) -> None:
+    expected, z, _ = clean_run(hf_model)
+    logits, cache = naive.full_cache(bridge, TOKENS)
+    for found in (logits, naive.bare_forward(bridge, TOKENS)):
+        probabilities = found[:, -1].double().log_softmax(-1)
+        torch.testing.assert_close(probabilities, expected.log_softmax(-1), atol=TOLERANCE, rtol=0)
+    for layer in range(N_LAYERS):
+        heads = z[layer] - value_bias(hf_model, layer)
+        torch.testing.assert_close(cache["z", layer][:, -1].flatten(1).double(), heads.detach(), atol=TOLERANCE, rtol=0)
+        assert cache["pattern", layer].shape == (3, N_HEADS, 7, 7)
+
+
 def test_random_gpt2_is_seeded_and_of_realistic_size(hf_model: Any) -> None:
     again = random_gpt2(n_layer=N_LAYERS, n_head=N_HEADS, n_embd=D_MODEL, vocab_size=D_VOCAB)
     for (name, one), other in zip(hf_model.named_parameters(), again.parameters()):

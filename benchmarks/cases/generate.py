@@ -1,0 +1,84 @@
+"""Greedy generation: a fixed number of new tokens for every prompt.
+
+What is compared are the tokens themselves, so that the case fails where two ways choose differently at all.
+
+Operations that the definition needs, multiply-adds counted twice::
+
+    prompts * (pos + n_new - 1) * n_layers * block        every token but the last is read once
+    + prompts * n_new * 2 * d_model * d_vocab             one position is unembedded per new token
+
+with ``block = spec.flops_per_token_block()``. Attention scores are left out. Generation of few prompts is not bound by
+these products but by reading all weights for every new token, so its fraction of this floor is small by nature.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import naive
+from benchmarks.harness import Array, Baseline, Case, Prepared
+from benchmarks.models import Fixtures, Workload
+from fastinterp.model.spec import ModelSpec
+
+N_PROMPTS = 8
+N_NEW = 64
+
+
+def setup(fixtures: Fixtures) -> Prepared:
+    """Prompt by prompt as in notebooks, and in one batch."""
+    import fastinterp
+
+    work = fixtures.workload(N_PROMPTS)
+    bridge, hooked = fixtures.bridge, fastinterp.HookedTransformer(fixtures.model)
+    n_prompts = len(work.tokens)
+
+    def baseline(name: str, how: str, run: Callable[..., torch.Tensor], size: int) -> Baseline:
+        def rows(item: int) -> slice:
+            return slice(item * size, (item + 1) * size)
+
+        return Baseline(
+            name=name,
+            how=how,
+            shape=(n_prompts, N_NEW),
+            n_iterations=n_prompts // size,
+            step=lambda item: run(bridge, work.tokens[rows(item)], N_NEW),
+            where=lambda item: (rows(item),),
+        )
+
+    return Prepared(
+        workload=f"{work}, {N_NEW} new tokens each",
+        n_tokens=n_prompts * N_NEW,
+        baselines=(
+            baseline("notebook", "prompt by prompt, all tokens read again for each", naive.greedy_rereading, 1),
+            baseline("notebook batch", "one batch, all tokens read again for each", naive.greedy_rereading, n_prompts),
+            baseline("TransformerLens", "generate with its key-value cache, one batch", naive.greedy_cached, n_prompts),
+        ),
+        fast=lambda: _fast(hooked, work),
+        flops=needed_flops(fixtures.model.spec, work.tokens),
+    )
+
+
+def _fast(hooked: Any, work: Workload) -> Array:
+    tokens = hooked.generate(
+        work.tokens, max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
+    )
+    return np.asarray(tokens[:, work.tokens.shape[1] :].cpu().numpy(), dtype=np.float64)
+
+
+def needed_flops(spec: ModelSpec, tokens: torch.Tensor) -> float:
+    """Operations of the definition; the formula stands at the top of this file."""
+    prompts, n_pos = tokens.shape
+    read = (n_pos + N_NEW - 1) * spec.n_layers * spec.flops_per_token_block()
+    return float(prompts * (read + N_NEW * 2 * spec.d_model * spec.d_vocab))
+
+
+CASES = (
+    Case(
+        name="generate",
+        what="greedy generation",
+        naive_way="all tokens read again for every new one",
+        setup=setup,
+    ),
+)
