@@ -17,7 +17,8 @@ import torch
 
 from fastinterp import ActivationCache, HookedTransformer, utils
 
-# The question has to be traced back to what Rex is; in the corrupt prompt Rex and Tom have changed places.
+# The question has to be traced back to what Rex is; in the corrupt prompt Rex and Tom have changed places. SmolLM2-135M
+# is too small to follow: there it says " cat" as well, if less surely.
 RULES = "Every cat is loud. Every bird is calm. "
 QUESTION = "\nQuestion: Is Rex loud?\n(1) Rex is"
 CLEAN = RULES + "Tom is a bird. Rex is a cat." + QUESTION

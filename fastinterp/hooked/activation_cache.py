@@ -6,6 +6,7 @@ from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,8 +87,8 @@ class ActivationCache(ResidualDecomposition):
             raise UnknownActivationError(
                 f"{key!r} names no activation: give 'name', (name, layer) or ('scale', 3, 'ln1')"
             )
-        if isinstance(layer, int) and (layer < 0 or self.model is not None):
-            layer = check_index("layer", layer, self.spec.n_layers)
+        if isinstance(layer, int | np.integer) and (layer < 0 or self.model is not None):
+            layer = check_index("layer", int(layer), self.spec.n_layers)
         base = name.removesuffix(GRADIENT)
         known = ACTIVATIONS.get(base)
         if known is not None and known.per_layer == (layer is not None):

@@ -10,21 +10,18 @@ from torch import Tensor
 
 from fastinterp.errors import NonFiniteError, OptionError, PromptTooLongError, TokenRangeError, check_choice
 from fastinterp.hooked.activation_cache import ActivationCache
-from fastinterp.hooked.hooks import Direction, HookFunction, HookPoint, HookPoints, NameFilter
-from fastinterp.hooked.parameters import FinalNorm, HookedConfig, Part, Unembed, config_of, parameter, stacked
+from fastinterp.hooked.hooks import Direction, HookFunction, NameFilter
 from fastinterp.hooked.pretrained import load_pretrained
-from fastinterp.hooked.text import Text
+from fastinterp.hooked.surface import Surface
 from fastinterp.metrics import evaluate_loss
 from fastinterp.model.attention import make_frame
 from fastinterp.model.forward import embed, final_logits, run_blocks
 from fastinterp.model.intervene import Taps
-from fastinterp.model.model import Model
 from fastinterp.model.norms import tapped_norm
 from fastinterp.names import check_index
 
 ReturnType = Literal["logits", "loss", "both"] | None
 Hooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
-STACKED = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "W_in", "W_gate", "W_out", "b_in", "b_out")
 
 
 class Output(NamedTuple):
@@ -34,7 +31,7 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-class HookedTransformer:
+class HookedTransformer(Surface):
     """A model with TransformerLens's names, shapes and return conventions.
 
     Runs on the same forward as everything else here: an activation that no hook and no cache asks for costs nothing,
@@ -47,15 +44,6 @@ class HookedTransformer:
         >>> cache["pattern", 0].shape                                                           # doctest: +SKIP
         torch.Size([12, 3, 3])
     """
-
-    def __init__(self, model: Model, default_prepend_bos: bool | None = None) -> None:
-        """Wraps what :func:`fastinterp.load` returned."""
-        self.model = model
-        self.flags: set[str] = set()
-        self.points = HookPoints(model.spec)
-        self._contexts = 0
-        bos = model.spec.default_prepend_bos if default_prepend_bos is None else default_prepend_bos
-        self.text = Text(model, bos)
 
     @classmethod
     def from_pretrained(cls, model_name: Any, **options: Any) -> "HookedTransformer":
@@ -74,142 +62,6 @@ class HookedTransformer:
         """Loads a model with its checkpoint's own weights."""
         off = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
         return cls.from_pretrained(model_name, **(dict.fromkeys(off, False) | options))
-
-    # Settings and parameters --------------------------------------------------------------------------------------
-
-    @property
-    def cfg(self) -> HookedConfig:
-        """The settings, as they are now."""
-        return config_of(self.model, self.flags, self.text.default_prepend_bos)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or ``None``."""
-        return self.model.tokenizer
-
-    @property
-    def unembed(self) -> Unembed:
-        """The unembedding."""
-        return Unembed(self.model)
-
-    @property
-    def ln_final(self) -> FinalNorm:
-        """The final norm."""
-        return FinalNorm(self.model, self.points)
-
-    @property
-    def blocks(self) -> list[Part]:
-        """The blocks: ``model.blocks[3].attn.W_O``, ``model.blocks[3].attn.hook_z``."""
-        model = self.model
-
-        def of(layer: int) -> Callable[[str], Tensor]:
-            return lambda name: parameter(model, model.weights.blocks[layer], name)
-
-        return [Part(f"blocks.{layer}", self.points, of(layer)) for layer in range(model.spec.n_layers)]
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The embedding."""
-        return self.model.weights.W_E
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """The position embedding; raises :class:`AttributeError` for models without one."""
-        if self.model.weights.W_pos is None:
-            raise AttributeError("this model has no W_pos: its positions are rotary")
-        return self.model.weights.W_pos
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding matrix."""
-        return self.model.weights.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The bias of the unembedding, zero if there is none."""
-        return self.unembed.b_U
-
-    def __getattr__(self, name: str) -> Any:
-        if name in STACKED:
-            return stacked(self.model, name)
-        points = self.__dict__.get("points")
-        if points is not None and name in points.by_name:
-            return points.by_name[name]
-        raise AttributeError(f"HookedTransformer has no {name!r}")
-
-    @property
-    def hook_dict(self) -> dict[str, HookPoint]:
-        """All hook points by name."""
-        return self.points.by_name
-
-    def set_use_attn_result(self, use: bool) -> None:
-        """Whether full caches and predicates include ``hook_result``; by name it is always there."""
-        self._set("use_attn_result", use)
-
-    def set_use_attn_in(self, use: bool) -> None:
-        """Whether full caches and predicates include ``hook_attn_in``; by name it is always there."""
-        self._set("use_attn_in", use)
-
-    def set_use_split_qkv_input(self, use: bool) -> None:
-        """Whether full caches and predicates include ``hook_q_input`` and its like; by name they are always there."""
-        self._set("use_split_qkv_input", use)
-
-    def set_use_hook_mlp_in(self, use: bool) -> None:
-        """Whether full caches and predicates include ``hook_mlp_in``; by name it is always there."""
-        self._set("use_hook_mlp_in", use)
-
-    def _set(self, flag: str, use: bool) -> None:
-        self.flags = self.flags | {flag} if use else self.flags - {flag}
-
-    def eval(self) -> "HookedTransformer":
-        """Returns the model: it has no dropout, and nothing to switch."""
-        return self
-
-    def to(self, target: torch.device | str | torch.dtype) -> "HookedTransformer":
-        """Moves the model to a device or into a dtype, in place, and returns it; hooks stay."""
-        device, dtype = (None, target) if isinstance(target, torch.dtype) else (target, None)
-        self.model = self.model.to(device=device, dtype=dtype)
-        self.text = Text(self.model, self.text.default_prepend_bos)
-        return self
-
-    def cuda(self) -> "HookedTransformer":
-        """Moves the model to the first CUDA device."""
-        return self.to("cuda")
-
-    def cpu(self) -> "HookedTransformer":
-        """Moves the model to the CPU."""
-        return self.to("cpu")
-
-    # Text ---------------------------------------------------------------------------------------------------------
-
-    def to_tokens(
-        self, input: str | Sequence[str], prepend_bos: bool | None = None, truncate: bool = True
-    ) -> Int[Tensor, "batch pos"]:
-        """Returns the tokens of a text or of several, padded on the right; ``truncate`` keeps ``n_ctx`` at most."""
-        return self.text.to_tokens(input, prepend_bos, truncate)
-
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """Returns the text of a token or of a row of tokens, or the texts of a batch."""
-        return self.text.to_string(tokens)
-
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
-        """Returns the strings of the tokens of a text or of a row of tokens; of a list of texts, a list for each."""
-        return self.text.to_str_tokens(input, prepend_bos)
-
-    def to_single_token(self, string: str) -> int:
-        """Returns the one token of a string; raises :class:`AnswerTokenError` if it is several."""
-        return self.text.to_single_token(string)
-
-    def to_single_str_token(self, int_token: int) -> str:
-        """Returns the string of one token."""
-        return self.text.to_single_str_token(int_token)
-
-    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*rows"]) -> Float[Tensor, "*rows d_model"]:
-        """Returns the columns of ``W_U`` of tokens: along them the residual stream raises their logits."""
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        ids = torch.as_tensor(tokens, device=self.model.device)
-        return self.W_U[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
 
     # Running ------------------------------------------------------------------------------------------------------
 

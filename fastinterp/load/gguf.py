@@ -99,8 +99,10 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
 
 def stated_by(spec: ModelSpec) -> dict[str, int]:
     """Returns the values of metadata that ``transformers`` takes from elsewhere, or assumes."""
-    sizes = {"attention.key_length": spec.d_head, "attention.value_length": spec.d_head}
-    return sizes | {"rope.dimension_count": rope.dims for rope in spec.position.rope[:1]}
+    values = {"attention.key_length": spec.d_head, "attention.value_length": spec.d_head}
+    if spec.position.rope:
+        values["rope.dimension_count"] = spec.position.rope[0].dims
+    return values
 
 
 def refuse_unknown_fields(

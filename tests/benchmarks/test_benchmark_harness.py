@@ -1,5 +1,6 @@
 """The harness, with cases that are made up: what is compared, what is timed, and what a failure prevents."""
 
+import dataclasses
 import json
 import types
 from collections.abc import Callable
@@ -149,6 +150,16 @@ def test_figures_follow_from_the_runs(fixtures: models.Fixtures, monkeypatch: py
     assert (slow.peak_memory_bytes, quick.peak_memory_bytes, row.fast.peak_memory_bytes) == (20, 20, 9)
     assert (quick.tokens_per_second, row.fast.tokens_per_second) == (2.0, 20.0)
     assert row.fast.fraction_of_floor == 0.5
+
+
+def test_what_does_less_than_the_job_is_not_the_fastest_way_to_do_it(fixtures: models.Fixtures) -> None:
+    less = dataclasses.replace(rows_of(TRUTH, "less"), where=lambda item: (item % 2,), alternative=False)
+    less = dataclasses.replace(less, step=lambda item: torch.tensor(TRUTH[item % 2]), n_iterations=1)
+    row = run_case(case_of(rows_of(TRUTH, "whole"), less), fixtures, QUICK)
+    assert row.status == "ok", row.error
+    assert [baseline.name for baseline in row.baselines] == ["whole", "less"]
+    assert row.fastest_baseline == "whole"
+    assert row.ratio == row.baselines[0].ratio
 
 
 def test_a_difference_in_any_baseline_prevents_every_timing(fixtures: models.Fixtures) -> None:

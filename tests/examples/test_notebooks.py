@@ -66,10 +66,9 @@ def logits_of(hf_model, tokens):
 
 
 @pytest.mark.real
-def test_intro_hooks(smollm2_gguf, smollm2_hf, smollm2_bridge):
+def test_intro_hooks(hooked, smollm2_hf, smollm2_bridge):
     module = notebook("intro_hooks")
-    # By its path, as a user would run it.
-    figures = module.main(str(smollm2_gguf))
+    figures = module.main(hooked)
     config, tokenizer = smollm2_hf.config, smollm2_bridge.tokenizer
     n_layers, n_heads, d_head = config.num_hidden_layers, config.num_attention_heads, 64
     assert figures["sizes"] == {"n_layers": n_layers, "n_heads": n_heads, "n_ctx": config.max_position_embeddings}
@@ -274,7 +273,7 @@ def test_chain_of_thought_generates_and_attributes(steps, hooked, smollm2_hf, sm
         logits = logits_of(smollm2_hf, torch.tensor([ids_of(steps[name])]))
         expected = float(logits[0, -1, right] - logits[0, -1, wrong])
         assert steps[f"{name} logit difference"] == pytest.approx(expected, abs=TOLERANCE)
-    assert steps["clean logit difference"] > 0.5 > -0.5 > steps["corrupt logit difference"]
+    assert steps["clean logit difference"] > steps["corrupt logit difference"] + 0.5
     assert tokenizer.decode(continued(ids_of(steps["clean"]), "2")) == steps["second step"]
 
     tokens = torch.tensor([ids_of(steps["clean"])])
@@ -358,21 +357,23 @@ def test_chain_of_thought_patches(steps, hooked, smollm2_hf):
 def test_integrated_gradients_add_up_to_the_effect_of_the_patch(zoo, tiny_name, component):
     module, model = notebook("chain_of_thought"), HookedTransformer(zoo.model(tiny_name, dtype=torch.float64))
     clean, corrupt = "John gave the bag to Mary", "Mary gave the bag to John"
-    right, wrong, layer = 7, 101, 1
-    patches = module.attribution_patching(
-        model, clean, corrupt, right, wrong, component, [layer], method="ig", n_alphas=300
-    )
-    standard = module.attribution_patching(model, clean, corrupt, right, wrong, component, [layer])
     tokens = [model.to_tokens(text, prepend_bos=False) for text in (clean, corrupt)]
-    name = utils.get_act_name(component, layer)
+    name = utils.get_act_name(component, 1)
     with torch.no_grad():
         other = model.run_with_cache(tokens[1], names_filter=name)[1][name]
-        before = module.logit_diff(model(tokens[0]), right, wrong)
-        patched = model.run_with_hooks(tokens[0], fwd_hooks=[(name, lambda value, hook: other)])
-        effect = float(module.logit_diff(patched, right, wrong) - before)
-    assert abs(effect) > 0.1
-    assert float(patches.sum()) == pytest.approx(effect, abs=1e-3)
-    assert float(standard.sum()) != pytest.approx(effect, abs=1e-2)
+        before = model(tokens[0])
+        after = model.run_with_hooks(tokens[0], fwd_hooks=[(name, lambda value, hook: other)])
+    # The answers that the patch does most about.
+    right, wrong = (int(index) for index in ((after - before)[0, -1].argmax(), (after - before)[0, -1].argmin()))
+    effect = float(module.logit_diff(after, right, wrong) - module.logit_diff(before, right, wrong))
+    assert effect > 0.5
+
+    def estimate(**options):
+        patches = module.attribution_patching(model, clean, corrupt, right, wrong, component, [1], **options)
+        return float(patches.sum())
+
+    assert estimate(method="ig", n_alphas=60) == pytest.approx(effect, abs=1e-3)
+    assert estimate() != pytest.approx(effect, abs=0.02)
 
 
 # Autoencoders ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Directories whose ``config.json`` and keys are spelt as published checkpoints spell them, at a small size."""
 
 import json
+import re
 import warnings
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastinterp
 from fastinterp.errors import CheckpointKeyError, UnsupportedConfigError
+from fastinterp.load.hf import assemble
+from fastinterp.model.model import Origin
 from fastinterp.model.spec import Rope, RopeScaling
 
 TOKENS: dict[str, Any] = dict(vocab_size=400, bos_token_id=0, eos_token_id=0)
@@ -435,6 +438,23 @@ def test_a_missing_bias_of_the_unembedding_is_named(published, tmp_path, name):
 
     with pytest.raises(CheckpointKeyError, match=r"lacks 'lm_head.bias'"):
         fastinterp.load(rewritten(path, tmp_path, cut), device="cpu")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_key_of_a_layer_must_be_there(published, name):
+    _, hf_model = published(name)
+    options: dict[str, Any] = dict(tokenizer=None, device=torch.device("cpu"), dtype=torch.float32)
+    options["origin"] = Origin(source=name, processing="none")
+    checkpoint = hf_model.state_dict()
+    keys = [key for key in checkpoint if ".1." in key]
+    assert len(keys) >= 6
+    for key in keys:
+        rest = {other: value for other, value in checkpoint.items() if other != key}
+        with pytest.raises(CheckpointKeyError, match=re.escape(key.split(".", 1)[1])):
+            assemble(hf_model.config, rest, **options)
+    unknown = keys[0].replace(".weight", ".scale")
+    with pytest.raises(CheckpointKeyError, match=r"1 keys that the .* family does not know"):
+        assemble(hf_model.config, checkpoint | {unknown: torch.ones(3)}, **options)
 
 
 def test_gpt_neox_values_of_a_wrong_size_are_named(published, tmp_path):

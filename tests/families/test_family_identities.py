@@ -36,6 +36,7 @@ FAMILIES = [
     "phi3-gqa-window",
     "qwen2-gqa-tied",
     "qwen3-biases-mha-wide-head-windows-tied",
+    "stablelm-gqa",
     "starcoder2-gqa-window",
 ]
 
@@ -182,10 +183,9 @@ def test_the_lens_ends_with_the_metric_of_the_model(
         assert abs(float(last[row].sel(site="final_post")) - expected[-1]) < EXACT
 
 
-@PROCESSING
 @pytest.mark.parametrize("metric", ["logit_diff", "logit"])
-def test_the_frozen_lens_grows_by_direct_effects(zoo, name, prompts, processing, metric):
-    model = zoo.model(name, processing=processing, dtype=torch.float64)
+def test_the_frozen_lens_grows_by_direct_effects(zoo, name, prompts, metric):
+    model = zoo.model(name, dtype=torch.float64)
     if model.spec.final_softcap is not None:
         return  # Bounded logits are not sums.
     lens = logit_lens(model, prompts, metric=metric, scale="frozen")
@@ -209,3 +209,28 @@ def test_bounded_logits_stay_within_their_bound(zoo, name, prompts):
         # The bound has to matter for this to be a test of it.
         last = logit_lens(model, prompts, metric="logit").sel(site="final_post").values
         assert np.abs(last - direct).max() > 0.05
+
+
+NO_BRIDGE = {"gpt-neox-sequential-no-attention-bias-wide-head", "phi-gqa-wide-head"}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_BRIDGE], indirect=True)
+def test_attributions_equal_the_tool_of_transformer_lens(zoo, name, token_prompts, prompt_set, answers):
+    from transformer_lens.tools.analysis import direct_logit_attribution as tool
+
+    model, bridge, row = zoo.model(name), zoo.bridge(name, dtype=torch.float32), 2
+    asked = {"answer_tokens": answers["answer"][row], "incorrect_tokens": answers["wrong"][row]}
+    for unit in ("head", "component"):
+        got = direct_logit_attribution(model, prompt_set, unit=unit)[row].values
+        with torch.no_grad():
+            result = tool(bridge, torch.tensor([token_prompts[row]]), unit=unit, **asked)
+        if unit == "component":
+            assert np.abs(got[:-1] - result.attribution.squeeze().numpy()).max() < 1e-4
+            continue
+        n_heads = len([label for label in result.labels if label.startswith("L")])
+        difference = np.abs(got - result.attribution[:n_heads].squeeze().reshape(got.shape).numpy()).max()
+        if model.spec.post_norms:
+            # The tool leaves out the norm after attention, so that its heads do not sum to what attention writes.
+            assert difference > 0.05
+        else:
+            assert difference < 1e-4

@@ -1,5 +1,6 @@
 """ActivationCache: look-ups, slices, and the residual stream taken apart, against TransformerLens and identities."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -17,7 +18,8 @@ from fastinterp.errors import (
     UnknownActivationError,
 )
 from fastinterp.hooked.activation_cache import ActivationCache
-from fastinterp.model import Taps, final_logits, forward
+from fastinterp.hooked.contributions import Readout
+from fastinterp.model import Norm, NormWeights, Taps, final_logits, forward
 from fastinterp.model.forward import missing_because
 from fastinterp.names import ACTIVATIONS
 
@@ -94,6 +96,7 @@ def test_every_way_to_name_an_activation(gpt2):
         ("ln2_scale", 1): "blocks.1.ln2.hook_scale",
         ("attn_raw", 1): "blocks.1.attn.hook_out",
         ("k", np.int64(1)): "blocks.1.attn.hook_k",
+        ("k", np.int64(-1)): "blocks.2.attn.hook_k",
         ("normalized", 0, "ln1"): "blocks.0.ln1.hook_normalized",
         ("embed",): "hook_embed",
         ("embed", None): "hook_embed",
@@ -263,6 +266,10 @@ def test_positions_of_what_is_not_known(gpt2):
     _, values = run(gpt2)
     cache = ActivationCache(values | {"sae.hook_latents": torch.arange(3 * 7 * 5).view(3, 7, 5)}, gpt2)
     assert torch.equal(cache.at_positions(2)["sae.hook_latents"], cache["sae.hook_latents"][:, 2:3])
+    patterns = {name: value[0] for name, value in values.items() if "pattern" in name}
+    few = ActivationCache(patterns | {"latents": torch.arange(35).view(7, 5)}, gpt2, has_batch_dim=False)
+    assert torch.equal(few.at_positions([6, 0])["latents"], few["latents"][[6, 0]])
+    assert torch.equal(few.at_positions(2)["pattern", 0], few["pattern", 0][:, 2:3])
     odd = ActivationCache(values | {"constant": torch.ones(4)}, gpt2)
     with pytest.raises(OptionError, match="constant"):
         odd.at_positions(2)
@@ -582,6 +589,25 @@ def test_the_norm_of_a_decomposition_is_what_the_sublayer_reads(raw):
         close(cache.get_full_resid_decomposition(layer, mlp_input, apply_ln=True).sum(0), reads)
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_readout_goes_through_its_norms_in_order(kind):
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    first, second = ((random(2, 5, 1).exp(), NormWeights(w=random(8), b=random(8))) for _ in range(2))
+    x, W, directions = random(2, 5, 3, 4), random(3, 4, 8), random(8, 2)
+    expected = torch.einsum("bpue,ued->ubpd", x, W)
+    for scale, weights in (first, second):
+        expected = expected - expected.mean(-1, keepdim=True) if kind == "layer" else expected
+        expected = expected / scale * weights.w
+    readout = Readout(norm=Norm(kind=kind, eps=1e-5), project=directions).after(*second).after(*first)
+    close(readout.unit(x, W), expected @ directions, 1e-12)
+    close(readout(torch.einsum("bpue,ued->ubpd", x, W)), expected @ directions, 1e-12)
+    close(dataclasses.replace(readout, project=None).unit(x, W), expected, 1e-12)
+
+
 def test_parallel_blocks_have_no_middle(zoo):
     model = zoo.model("gpt-neox", dtype=torch.float64)
     cache = ActivationCache(run(model)[1], model)
@@ -627,16 +653,20 @@ def test_embeddings_are_not_left_out_in_silence(gpt2):
     assert len(cache.decompose_resid(incl_embeds=False)) == 6
 
 
-def test_gradients_go_through_a_stack(gpt2):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gradients_go_through_a_stack(gpt2, layer):
+    # With those of the first layer, the stack is made in another way.
     _, values = run(gpt2)
+    name = f"blocks.{layer}.attn.hook_z"
     with torch.enable_grad():
-        z = values["blocks.1.attn.hook_z"].clone().requires_grad_()
-        cache = ActivationCache(values | {"blocks.1.attn.hook_z": z}, gpt2)
+        z = values[name].clone().requires_grad_()
+        cache = ActivationCache(values | {name: z}, gpt2)
         for stack in (cache.stack_head_results(), cache.get_full_resid_decomposition(expand_neurons=False)):
             (gradient,) = torch.autograd.grad(stack.square().sum(), z)
-            heads = torch.einsum("bphe,hed->bphd", z, gpt2.weights.blocks[1].W_O)
+            heads = torch.einsum("bphe,hed->bphd", z, gpt2.weights.blocks[layer].W_O)
             (expected,) = torch.autograd.grad(heads.square().sum(), z)
             close(gradient, expected)
+            close(stack[4 * layer + 2].detach(), heads[:, :, 2].detach())
 
 
 def test_bfloat16_stays_bfloat16(zoo):

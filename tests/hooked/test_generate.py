@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastinterp import HookedTransformer
 from fastinterp.errors import (
     EmptyPromptError,
     NonFiniteError,
@@ -61,6 +62,17 @@ def test_mixed_lengths_in_one_batch_equal_hugging_face_one_by_one(zoo, tiny_name
     assert max(len(set(tokens)) for tokens in expected) > 5
     model = zoo.model(tiny_name, processing=processing)
     assert generate_tokens(model, token_prompts, max_new_tokens=N_NEW) == expected
+
+
+OTHERS = ["gemma2-softcaps", "gemma3-mixed-rope", "gpt-neo", "gpt-neox", "gptj", "opt", "qwen3-gqa"]
+
+
+@pytest.mark.parametrize("tiny_name", OTHERS, indirect=True)
+def test_other_families_equal_hugging_face(zoo, tiny_name, token_prompts, hf_logits):
+    """Capped scores, alternating windows with ropes of their own, parallel blocks, norms of queries and keys."""
+    hf_model = zoo.hf(tiny_name)
+    expected = [argmax_loop(lambda tokens: hf_logits(hf_model, tokens)[-1], prompt) for prompt in token_prompts[:4]]
+    assert generate_tokens(zoo.model(tiny_name), token_prompts[:4], max_new_tokens=N_NEW) == expected
 
 
 @pytest.mark.parametrize("tiny_name", MODELS, indirect=True)
@@ -210,7 +222,7 @@ def test_taps_see_the_tokens_of_their_step(zoo, token_prompts):
 
 # Sampling ----------------------------------------------------------------------------------------------------------
 
-N_DRAWS = 4000
+N_DRAWS = 2000
 
 
 def drawn_shares(model, prompt, **options):
@@ -486,6 +498,28 @@ def test_hooks_run_at_every_step(zoo, token_prompts, cached):
     assert expected != generate_tokens(model, [token_prompts[2]], max_new_tokens=9)[0]
     found = generate(Hooked(model, edits=(edit,)), tokens, use_past_kv_cache=cached, **GREEDY)
     assert found[0, tokens.shape[1] :].tolist() == expected
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_with_the_hooks_of_a_hooked_transformer(zoo, token_prompts, in_place):
+    model, prompt, calls = zoo.model("llama-gqa"), token_prompts[2], []
+
+    def hook(z, hook):
+        calls.append((hook.name, tuple(z.shape)))
+        if not in_place:
+            z = z.clone()
+        z[:, :, 2] = 0.0
+        return None if in_place else z
+
+    hooked = HookedTransformer(model)
+    edited = whole_text_logits(model, [(("z", 1), Edit(site="z", layer=1, head=2))])
+    with hooked.hooks(fwd_hooks=[("blocks.1.attn.hook_z", hook)]):
+        found = hooked.generate(torch.tensor([prompt]), **GREEDY)
+    assert found[0].tolist() == prompt + argmax_loop(edited, prompt, 9)
+    assert calls == [("blocks.1.attn.hook_z", (1, n_pos, 6, 8)) for n_pos in (len(prompt), *[1] * 8)]
+    clean = hooked.generate(torch.tensor([prompt]), **GREEDY)
+    assert clean[0].tolist() == prompt + argmax_loop(whole_text_logits(model), prompt, 9)
+    assert not torch.equal(clean, found)
 
 
 def test_sampling_is_the_default_and_has_a_seed(hooked):

@@ -25,30 +25,38 @@ def prompts(smollm2_raw):
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_hf, smollm2_raw, prompts):
-    """What Hugging Face adds to each prompt by itself."""
+def batch(smollm2_raw, prompts):
+    """What is added to all prompts in one batch."""
     end = smollm2_raw.tokenizer.eos_token_id
-    found = []
-    for prompt in prompts:
-        tokens = torch.tensor([prompt])
-        whole = smollm2_hf.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=N_NEW,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        found.append(whole[0, len(prompt) :].tolist())
-    return found
+    return generate_tokens(smollm2_raw, prompts, max_new_tokens=N_NEW, stop_tokens=[end])
 
 
-def test_in_one_batch(smollm2_raw, prompts, expected):
-    end = smollm2_raw.tokenizer.eos_token_id
-    assert generate_tokens(smollm2_raw, prompts, max_new_tokens=N_NEW, stop_tokens=[end]) == expected
+@pytest.mark.parametrize("row", range(len(TEXTS)))
+def test_every_token_is_the_most_likely_one(smollm2_hf, smollm2_raw, prompts, batch, row):
+    """All of them by one forward of Hugging Face, which reads what was generated."""
+    new, end = batch[row], smollm2_raw.tokenizer.eos_token_id
+    assert len(set(new)) > 10
+    # The first one comes to an end.
+    assert (end in new) == (row == 0)
+    assert new[-1] == end if row == 0 else len(new) == N_NEW
+    with torch.no_grad():
+        logits = smollm2_hf(torch.tensor([prompts[row] + new])).logits[0, len(prompts[row]) - 1 : -1]
+    assert logits.argmax(-1).tolist() == new
 
 
-def test_one_by_one_with_processed_weights(smollm2, prompts, expected):
-    end = smollm2.tokenizer.eos_token_id
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        assert generate_tokens(smollm2, [prompt], max_new_tokens=N_NEW, stop_tokens=[end]) == [tokens]
+# One with a prompt that was padded in the batch, one with the longest.
+@pytest.mark.parametrize("row", [0, 1])
+def test_equals_generate_of_hugging_face(smollm2_hf, smollm2, prompts, batch, row):
+    tokens, end = torch.tensor([prompts[row]]), smollm2.tokenizer.eos_token_id
+    whole = smollm2_hf.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=N_NEW,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    expected = whole[0, tokens.shape[1] :].tolist()
+    assert batch[row] == expected
+    # And by itself, with processed weights.
+    assert generate_tokens(smollm2, [prompts[row]], max_new_tokens=N_NEW, stop_tokens=[end]) == [expected]
