@@ -11,6 +11,10 @@ from collections.abc import Iterable
 class FastinterpError(Exception):
     """Base of all errors raised on purpose; the command line prints its message without a traceback."""
 
+    def __str__(self) -> str:
+        """Returns the message as it is; a ``KeyError`` would put it in quotes."""
+        return Exception.__str__(self)
+
 
 # Models -----------------------------------------------------------------------------------------------------------
 
@@ -35,8 +39,8 @@ class NonFiniteError(FastinterpError, ArithmeticError):
     """NaN or infinity in weights or activations."""
 
 
-class UnknownActivationError(FastinterpError, ValueError):
-    """No activation has this name; the message suggests the nearest ones."""
+class UnknownActivationError(FastinterpError, ValueError, KeyError):
+    """No activation has this name, or a cache does not hold it; the message suggests the nearest ones."""
 
 
 class SiteRangeError(FastinterpError, IndexError):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastinterp.errors import NonFiniteError, OptionError, PromptTooLongError, TokenRangeError, check_choice
 from fastinterp.hooked.activation_cache import ActivationCache
+from fastinterp.hooked.generate import generate
 from fastinterp.hooked.hooks import Direction, HookFunction, NameFilter
 from fastinterp.hooked.pretrained import load_pretrained
 from fastinterp.hooked.surface import Surface
@@ -341,9 +342,7 @@ class HookedTransformer(Surface):
     # Generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, input: str | Sequence[str] | Tensor, max_new_tokens: int = 10, **options: Any) -> Any:
-        """Continues prompts; see :func:`fastinterp.hooked.generation.generate` for the options."""
-        from fastinterp.hooked.generation import generate
-
+        """Continues prompts; see :func:`fastinterp.hooked.generate.generate` for the options."""
         return generate(self, input, max_new_tokens=max_new_tokens, **options)
 
 

@@ -16,7 +16,8 @@ from fastinterp.errors import (
     TokenizerMissingError,
     TokenRangeError,
 )
-from fastinterp.hooked.generation import generate, generate_tokens
+from fastinterp.hooked.generate import generate
+from fastinterp.hooked.generation import generate_tokens
 from fastinterp.model import Edit, Taps, final_logits, forward
 
 MODELS = ["gpt2", "llama-gqa", "mistral-window"]
