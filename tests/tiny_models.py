@@ -1,5 +1,6 @@
 """Random Hugging Face models of every family, small, with activations and logits of realistic size."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
