@@ -92,14 +92,19 @@ def setup(fixtures: Fixtures) -> Prepared:
 
 
 def digest(logits: torch.Tensor, cache: Any, n_layers: int) -> torch.Tensor:
-    """Returns the last logits, and for every layer and kind of activation ``N_ENTRIES`` of it."""
+    """Returns the last logits, and for every layer and kind of activation ``N_ENTRIES`` of it.
+
+    Residual streams of real models hold entries of hundreds, whose rounding is in proportion: entries are divided by
+    their root mean square where that is above 1.
+    """
     parts = [logits[:, -1].flatten()]
     generator = torch.Generator().manual_seed(0)
     for layer in range(n_layers):
         for site in SITES:
             values = cache[f"blocks.{layer}.{site}"].flatten()
             drawn = torch.randint(values.numel(), (N_ENTRIES,), generator=generator)
-            parts.append(values[drawn.to(values.device)])
+            entries = values[drawn.to(values.device)]
+            parts.append(entries / entries.square().mean().sqrt().clamp(min=1.0))
     return torch.cat(parts)
 
 
