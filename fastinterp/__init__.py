@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Capture": "fastinterp.model",
+    "Edit": "fastinterp.model",
     "ActivationCache": "fastinterp.hooked",
     "FastinterpError": "fastinterp.errors",
     "HookedTransformer": "fastinterp.hooked",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from fastinterp.hooked import ActivationCache, HookedTransformer, utils
     from fastinterp.load import load
     from fastinterp.metrics import METRICS
+    from fastinterp.model import Capture, Edit
     from fastinterp.model.model import Model
     from fastinterp.model.spec import ModelSpec
     from fastinterp.prompts import TASKS, PromptSet
@@ -51,6 +54,8 @@ __all__ = [
     "METRICS",
     "TASKS",
     "ActivationCache",
+    "Capture",
+    "Edit",
     "FastinterpError",
     "HookedTransformer",
     "Model",

@@ -41,7 +41,7 @@ def generate(
     input: str | Sequence[str] | Tensor = "",
     max_new_tokens: int = 10,
     stop_at_eos: bool = True,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
     do_sample: bool = True,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -52,7 +52,7 @@ def generate(
     return_type: Literal["input", "str", "tokens"] = "input",
     verbose: bool = True,
     *,
-    stop_tokens: Collection[int | str] | None = None,
+    stop_tokens: Collection[int | str] | Tensor | int | str | None = None,
     seed: int | None = None,
 ) -> str | list[str] | Int[Tensor, "batch pos"]:
     """Returns the input with what the model adds to it: a string for a string, a list for a list, tokens for tokens.
@@ -98,7 +98,10 @@ def generate(
             "stop_at_eos=True, but the model's tokenizer has no end-of-sequence token: give eos_token_id=, or "
             "stop_at_eos=False"
         )
-    stop = {hooked.to_single_token(token) if isinstance(token, str) else token for token in stop_tokens or ()}
+    if isinstance(stop_tokens, str | int):
+        stop_tokens = [stop_tokens]
+    given = stop_tokens.reshape(-1).tolist() if isinstance(stop_tokens, Tensor) else list(stop_tokens or ())
+    stop = {hooked.to_single_token(token) if isinstance(token, str) else int(token) for token in given}
     new = generate_tokens(
         model,
         prompts,
@@ -123,19 +126,27 @@ def generate(
 
 def _prompts_of(hooked: Hooked, input: str | Sequence[str] | Tensor, prepend_bos: bool | None) -> list[list[int]]:
     if isinstance(input, Tensor):
+        if input.is_floating_point() or input.ndim > 2:
+            raise OptionError(
+                f"the input has shape {tuple(input.shape)} and dtype {input.dtype}, expected token ids [batch, pos]"
+            )
         tokens: list[list[int]] = torch.atleast_2d(input).tolist()
         return tokens
+    if not isinstance(input, str) and any(not isinstance(text, str) for text in input):
+        raise OptionError("the input is neither a string, nor strings, nor a tensor: type torch.tensor(token_ids)")
     texts = [input] if isinstance(input, str) else list(input)
     bos = hooked.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
     return hooked.model.encode(texts, prepend_bos=bos)
 
 
-def _end_tokens(model: Model, eos_token_id: int | Sequence[int] | None) -> list[int]:
+def _end_tokens(model: Model, eos_token_id: int | Sequence[int] | Tensor | None) -> list[int]:
     if eos_token_id is None:
         eos_token_id = None if model.tokenizer is None else model.tokenizer.eos_token_id
     if eos_token_id is None:
         return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    # Whatever holds one number or several: an int, a list, a tensor, a number of numpy's.
+    ends: list[int] = torch.as_tensor(eos_token_id).reshape(-1).tolist()
+    return ends
 
 
 def _padding(model: Model, eos: Sequence[int]) -> int:

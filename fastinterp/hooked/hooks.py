@@ -8,12 +8,13 @@ activation that was kept earlier.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fastinterp.errors import OptionError, UnknownActivationError, nearest
+from fastinterp.errors import OptionError, UnknownActivationError, check_choice, nearest
 from fastinterp.model.forward import missing_because
 from fastinterp.model.intervene import Key, Replaces, Taps
 from fastinterp.model.spec import ModelSpec
@@ -34,7 +35,7 @@ GATED = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Hook:
     """A function at a hook point. ``level`` counts the contexts (``model.hooks``) in which it was added."""
 
@@ -43,7 +44,7 @@ class Hook:
     level: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class HookPoint:
     """One place of the forward; ``name`` is TransformerLens's, ``ctx`` is free for hook functions to keep things in."""
 
@@ -73,11 +74,14 @@ class HookPoint:
         prepend: bool = False,
     ) -> None:
         """Adds a function behind those that are there, or in front of them."""
-        if dir not in ("fwd", "bwd"):
-            raise OptionError(f"dir={dir!r}: choose 'fwd' or 'bwd'")
+        check_choice("dir", dir, ("fwd", "bwd"))
         hook = Hook(fn=fn, is_permanent=is_permanent, level=level)
         hooks = self.hooks(dir)
         hooks.insert(0 if prepend else len(hooks), hook)
+
+    def add_perma_hook(self, fn: HookFunction, dir: Direction = "fwd") -> None:
+        """Adds a permanent function."""
+        self.add_hook(fn, dir=dir, is_permanent=True)
 
     def remove_hooks(
         self,
@@ -86,6 +90,7 @@ class HookPoint:
         level: int | None = None,
     ) -> None:
         """Removes functions; permanent ones only if asked, with ``level`` only those of that context."""
+        check_choice("direction", dir, ("fwd", "bwd", "both"))
         for direction in ("fwd", "bwd"):
             if dir not in (direction, "both"):
                 continue
@@ -100,40 +105,62 @@ class HookPoint:
         """Empties ``ctx``."""
         self.ctx = {}
 
+    @property
+    def changes(self) -> bool:
+        """Whether what goes on may differ from what came: not if only gradients are looked at."""
+        return bool(self.fwd_hooks)
+
     def apply(self, value: Tensor) -> Tensor:
         """Calls the forward functions, and lets the backward ones wait for the gradient."""
-        if self.fwd_hooks:
-            shape = value.shape
-            value = value.clone()
-            for hook in tuple(self.fwd_hooks):
-                result = hook.fn(value, hook=self)
-                value = value if result is None else result
-                if not isinstance(value, Tensor) or value.shape != shape:
-                    what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise OptionError(
-                        f"a hook on {self.name} returned {what}, expected a tensor of shape {tuple(shape)}, or nothing "
-                        "if it changed the activation in place"
-                    )
+        for number, hook in enumerate(tuple(self.fwd_hooks)):
+            passed = value if number else value.clone()
+            result = hook.fn(passed, hook=self)
+            if result is not None and result is not passed:
+                self._check(result, value)
+                # What a function returns stays its own: the next one, or a cache, gets a copy.
+                passed = result.clone()
+            value = passed
+        if self.fwd_hooks and torch.is_grad_enabled() and not value.requires_grad:
+            # Behind a constant that was patched in, gradients begin anew.
+            value = value.detach().requires_grad_()
         if self.bwd_hooks and value.requires_grad:
-            if value.is_leaf:
-                value = value.view_as(value)
-            value.register_hook(self._backward)
+            # A tensor of its own: two hook points can stand at the same one, and the later one's gradient comes first.
+            value = value.view_as(value)
+            value.register_hook(partial(self._backward, tuple(self.bwd_hooks)))
         return value
 
-    def _backward(self, gradient: Tensor) -> Tensor | None:
-        if not self.bwd_hooks:  # removed between the forward and the backward pass
+    def _check(self, result: Any, value: Tensor) -> None:
+        expected = f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        if not isinstance(result, Tensor):
+            what = type(result).__name__
+        elif result.shape != value.shape:
+            what = str(tuple(result.shape))
+        elif result.dtype != value.dtype:
+            what = f"{result.dtype} (type .to(activation.dtype))"
+        else:
+            return
+        raise OptionError(
+            f"a hook on {self.name} returned {what}, expected {expected}, or nothing if it changed the activation in "
+            "place"
+        )
+
+    def _backward(self, hooks: tuple[Hook, ...], gradient: Tensor) -> Tensor | None:
+        still = [hook for hook in hooks if any(hook is other for other in self.bwd_hooks)]
+        if not still:  # removed between the forward and the backward pass
             return None
         changed = gradient.clone()
-        for hook in tuple(self.bwd_hooks):
+        for hook in still:
             result = hook.fn(changed, hook=self)
             if isinstance(result, tuple):
-                result = result[0]
+                (result, *_) = result or (None,)
             changed = changed if result is None else result
         return changed
 
 
 class Root:
     """Makes an activation the beginning of what gradients are recorded of."""
+
+    changes = False
 
     def apply(self, value: Tensor) -> Tensor:
         """Returns the value with ``requires_grad``, where gradients are recorded at all."""
@@ -148,12 +175,12 @@ class KeepGradient:
 
     name: str
     gradients: dict[str, Tensor]
+    changes: ClassVar[bool] = False
 
     def apply(self, value: Tensor) -> Tensor:
         """Returns the value; its gradient will be kept."""
         if value.requires_grad:
-            if value.is_leaf:
-                value = value.view_as(value)
+            value = value.view_as(value)
             value.register_hook(self._keep)
         return value
 
@@ -201,21 +228,26 @@ class HookPoints:
         """Returns the hook points of a filter, in the order of the forward.
 
         A name, or a list of names, gets what it says. A predicate (or ``None``: everything) gets the large ones of
-        ``GATED`` only if their flag is set, or if it matches nothing else.
+        ``GATED`` if their flag is set, if it matches nothing else, or if it means them: if it no longer matches once
+        something is appended to the name, as with ``name in wanted`` or ``name.endswith("hook_result")``.
         """
         if isinstance(names, str):
             return [self[names]]
         if names is not None and not callable(names):
             wanted = {self[name].name for name in names}
             return [point for point in self if point.name in wanted]
-        matched = [point for point in self if names is None or names(point.name)]
-        usual = [point for point in matched if self._is_usual(point, flags)]
-        return usual or matched
+        if names is None:
+            return [point for point in self if self._is_usual(point, flags)]
+        matched = [point for point in self if names(point.name)]
+        meant = [point for point in matched if self._is_usual(point, flags) or not names(point.name + "?")]
+        return meant or matched
 
     def _is_usual(self, point: HookPoint, flags: set[str]) -> bool:
         site = point.key[0]
         if site in ("attn_raw", "mlp_raw"):
             return self.spec.post_norms
+        if site == "attn_in" and self.spec.attention.group > 1:
+            return False  # query heads that share keys cannot have it replaced
         return site not in GATED or GATED[site] in flags
 
     def hooked(self) -> list[HookPoint]:

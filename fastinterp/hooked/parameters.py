@@ -123,8 +123,28 @@ class Part:
             return Part(path, self._points, self._parameters)
         raise AttributeError(f"{self._path} has no {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(
+                f"{self._path}.{name} cannot be set: replace activations with hooks, or change the parameter in place"
+            )
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         return f"<{self._path}>"
+
+
+class Table:
+    """An embedding as a part of the model: it has one parameter."""
+
+    def __init__(self, model: Model, name: str) -> None:
+        self._model, self._name = model, name
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__") or name != self._name or getattr(self._model.weights, name) is None:
+            raise AttributeError(f"this part of the model has no {name!r}")
+        table: Tensor = getattr(self._model.weights, name)
+        return table
 
 
 class FinalNorm(Part):

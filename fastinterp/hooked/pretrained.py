@@ -41,8 +41,8 @@ def load_pretrained(
     fold_value_biases: bool = True,
     refactor_factored_attn_matrices: bool = False,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     tokenizer: Any | None = None,
     revision: str | None = None,
     hf_model: Any | None = None,
@@ -52,6 +52,11 @@ def load_pretrained(
     _check_others(others)
     chosen = torch_dtype if dtype is None else dtype
     chosen = torch.float32 if chosen is None else chosen
+    if isinstance(chosen, str):
+        named = getattr(torch, chosen.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
+            raise OptionError(f"dtype={chosen!r} is not a dtype: give 'float32', 'bfloat16', 'float16' or 'float64'")
+        chosen = named
     source = hf_model if hf_model is not None else model_name
     if isinstance(source, str):
         source = ALIASES.get(source, source)

@@ -1,5 +1,6 @@
 """What a ``HookedTransformer`` says about its model: settings, parameters, text to tokens and back, where it is."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -7,9 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastinterp.errors import OptionError, TokenRangeError
 from fastinterp.hooked.hooks import HookPoint, HookPoints
-from fastinterp.hooked.parameters import FinalNorm, HookedConfig, Part, Unembed, config_of, parameter, stacked
+from fastinterp.hooked.parameters import FinalNorm, HookedConfig, Part, Table, Unembed, config_of, parameter, stacked
 from fastinterp.hooked.text import Text
+from fastinterp.load import choose_device
 from fastinterp.model.model import Model
 
 Own = TypeVar("Own", bound="Surface")
@@ -21,10 +24,16 @@ class Surface:
 
     def __init__(self, model: Model, default_prepend_bos: bool | None = None) -> None:
         """Wraps what :func:`fastinterp.load` returned."""
+        if not isinstance(model, Model):
+            raise OptionError(
+                f"HookedTransformer wraps what fastinterp.load returned, not {type(model).__name__}: type "
+                "HookedTransformer.from_pretrained(...)"
+            )
         self.model = model
         self.flags: set[str] = set()
         self.points = HookPoints(model.spec)
-        self._contexts = 0
+        # Contexts count downwards, so that they never meet a level that somebody gave.
+        self._levels = itertools.count(-1, -1)
         bos = model.spec.default_prepend_bos if default_prepend_bos is None else default_prepend_bos
         self.text = Text(model, bos)
 
@@ -61,6 +70,16 @@ class Surface:
         return [Part(f"blocks.{layer}", self.points, of(layer)) for layer in range(model.spec.n_layers)]
 
     @property
+    def embed(self) -> Table:
+        """The embedding: ``model.embed.W_E``."""
+        return Table(self.model, "W_E")
+
+    @property
+    def pos_embed(self) -> Table:
+        """The position embedding: ``model.pos_embed.W_pos``."""
+        return Table(self.model, "W_pos")
+
+    @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The embedding."""
         return self.model.weights.W_E
@@ -89,6 +108,14 @@ class Surface:
         if points is not None and name in points.by_name:
             return points.by_name[name]
         raise AttributeError(f"HookedTransformer has no {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in STACKED:
+            raise AttributeError(
+                f"{name} cannot be set: it is a copy of the parameters of all blocks. Replace activations with hooks, "
+                "or change one block's own tensor in place (model.model.weights.blocks[0])"
+            )
+        super().__setattr__(name, value)
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
@@ -120,7 +147,7 @@ class Surface:
 
     def to(self: Own, target: torch.device | str | torch.dtype) -> Own:
         """Moves the model to a device or into a dtype, in place, and returns it; hooks stay."""
-        device, dtype = (None, target) if isinstance(target, torch.dtype) else (target, None)
+        device, dtype = (None, target) if isinstance(target, torch.dtype) else (choose_device(target), None)
         self.model = self.model.to(device=device, dtype=dtype)
         self.text = Text(self.model, self.text.default_prepend_bos)
         return self
@@ -157,9 +184,17 @@ class Surface:
         """Returns the string of one token."""
         return self.text.to_single_str_token(int_token)
 
-    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*rows"]) -> Float[Tensor, "*rows d_model"]:
-        """Returns the columns of ``W_U`` of tokens: along them the residual stream raises their logits."""
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
+        """Returns the columns of ``W_U`` of tokens: along them the residual stream raises their logits.
+
+        Of several tokens as many rows in their shape, of a single one just ``[d_model]``.
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens, device=self.model.device)
-        return self.W_U[:, ids.reshape(-1)].t().reshape(*ids.shape, -1)
+        d_vocab = self.model.spec.d_vocab
+        if bool(((ids < 0) | (ids >= d_vocab)).any()):
+            raise TokenRangeError(f"token ids lie outside of the vocabulary, which has {d_vocab}: {ids.tolist()}")
+        directions = self.W_U[:, ids.reshape(-1)].t()
+        # A single token has one direction, in whatever shape it came.
+        return directions[0] if ids.numel() == 1 else directions.reshape(*ids.shape, -1)

@@ -1,5 +1,6 @@
 """``HookedTransformer``: the surface that notebooks speak, over fastinterp's forward."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.errors import NonFiniteError, OptionError, PromptTooLongError, TokenRangeError, check_choice
+from fastinterp.errors import NonFiniteError, OptionError, PromptTooLongError, check_choice
 from fastinterp.hooked.activation_cache import ActivationCache
 from fastinterp.hooked.generate import generate
 from fastinterp.hooked.hooks import Direction, HookFunction, NameFilter
@@ -18,6 +19,7 @@ from fastinterp.metrics import evaluate_loss
 from fastinterp.model.attention import make_frame
 from fastinterp.model.forward import embed, final_logits, run_blocks
 from fastinterp.model.intervene import Taps
+from fastinterp.model.model import check_tokens
 from fastinterp.model.norms import tapped_norm
 from fastinterp.names import check_index
 
@@ -112,7 +114,8 @@ class HookedTransformer(Surface):
         stop_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
     ) -> Any:
-        check_choice("return_type", str(return_type), ("logits", "loss", "both", "None"))
+        if return_type is not None:
+            check_choice("return_type", return_type, ("logits", "loss", "both"))
         spec, weights = self.model.spec, self.model.weights
         start = 0 if start_at_layer is None else _layer(start_at_layer, spec.n_layers)
         stop = None if stop_at_layer is None else _layer(stop_at_layer, spec.n_layers)
@@ -133,8 +136,11 @@ class HookedTransformer(Surface):
             return None
         if return_type == "logits":
             return final_logits(spec, weights, resid, taps=taps)
+        if tokens is not None and start_at_layer is not None:
+            tokens, _ = self.as_tokens(tokens)
         if tokens is None:
             raise OptionError("the loss of a residual stream needs tokens=: the tokens that it comes from")
+        _check_pairing(resid, tokens)
         if return_type == "loss" and not resid.requires_grad and not taps.wants("ln_final_normalized", None):
             # Nothing asks for the logits themselves, so they are never held.
             n = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
@@ -164,15 +170,9 @@ class HookedTransformer(Surface):
                     "(a residual stream needs start_at_layer=)"
                 )
             tokens = tokens.long()[None] if tokens.ndim == 1 else tokens.long()
-        spec = self.model.spec
         if tokens.shape[1] == 0:
             raise OptionError("the input has no tokens: give a text that is not empty, or prepend_bos=True")
-        if tokens.shape[1] > spec.n_ctx:
-            raise PromptTooLongError(f"the input has {tokens.shape[1]} tokens, the model takes {spec.n_ctx} at most")
-        if bool(((tokens < 0) | (tokens >= spec.d_vocab)).any()):
-            raise TokenRangeError(
-                f"token ids lie between {int(tokens.min())} and {int(tokens.max())}, the vocabulary has {spec.d_vocab}"
-            )
+        check_tokens(self.model.spec, tokens)
         return tokens, lengths
 
     def _as_residual(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
@@ -182,7 +182,12 @@ class HookedTransformer(Surface):
             raise OptionError(f"start_at_layer needs a residual stream [batch, pos, {d_model}], not {shape}")
         if not bool(torch.isfinite(input).all()):
             raise NonFiniteError("the residual stream holds NaN or infinity")
-        resid = input.to(device=self.model.device, dtype=self.model.dtype)
+        if input.shape[1] > self.model.spec.n_ctx:
+            raise PromptTooLongError(
+                f"the residual stream has {input.shape[1]} positions, the model takes {self.model.spec.n_ctx} at most"
+            )
+        # A copy, so that what is cached of it is not the caller's own.
+        resid = input.to(device=self.model.device, dtype=self.model.dtype, copy=True)
         if torch.is_grad_enabled() and not resid.requires_grad:
             resid = resid.detach().requires_grad_()
         return resid
@@ -194,6 +199,7 @@ class HookedTransformer(Surface):
         per_token: bool = False,
     ) -> Tensor:
         """Returns the cross-entropy of the next tokens in nats: the mean, or ``[batch, pos - 1]``."""
+        _check_pairing(logits, tokens)
         return self._loss(logits, tokens, None, per_token)
 
     def _loss(self, logits: Tensor, tokens: Tensor, lengths: Tensor | None, per_token: bool) -> Tensor:
@@ -220,6 +226,8 @@ class HookedTransformer(Surface):
         incl_bwd: bool = False,
         return_cache_object: bool = True,
         pos_slice: slice | int | None = None,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
         **options: Any,
     ) -> tuple[Any, Any]:
         """Runs the model and returns ``(what forward returns, cache)``.
@@ -232,6 +240,7 @@ class HookedTransformer(Surface):
                 gradients too, as ``{name}_grad``.
             return_cache_object: ``False`` gives a plain dictionary.
             pos_slice: keep these positions only (query positions of patterns).
+            reset_hooks_end, clear_contexts: accepted; nothing that this call adds stays behind.
             options: as for :meth:`forward`.
 
         Memory: what is kept, and nothing else; keys and values, and the residual stream between blocks, share memory.
@@ -244,6 +253,8 @@ class HookedTransformer(Surface):
             kept.append(self.points.taps(points, gradients if incl_bwd else None, root=root))
             return kept[-1]
 
+        if incl_bwd and torch.is_inference_mode_enabled():
+            raise OptionError("incl_bwd=True records gradients, which torch.inference_mode() forbids: leave it first")
         if incl_bwd:
             with torch.enable_grad():
                 result = self._run(input, return_type, make_taps, **options)
@@ -294,6 +305,7 @@ class HookedTransformer(Surface):
         level: int | None = None,
     ) -> None:
         """Removes all functions that are not permanent, in one direction or both, of one context or all."""
+        check_choice("direction", direction, ("fwd", "bwd", "both"))
         for point in self.points:
             point.remove_hooks(direction, including_permanent, level)
             if clear_contexts:
@@ -308,8 +320,7 @@ class HookedTransformer(Surface):
         clear_contexts: bool = False,
     ) -> Iterator["HookedTransformer"]:
         """Within it these functions are there; behind it, also after an error, exactly they are gone."""
-        self._contexts += 1
-        level = self._contexts
+        level = next(self._levels)
         try:
             for name, function in fwd_hooks:
                 self.add_hook(name, function, level=level)
@@ -319,7 +330,6 @@ class HookedTransformer(Surface):
         finally:
             if reset_hooks_end:
                 self.reset_hooks(clear_contexts=clear_contexts, level=level)
-            self._contexts -= 1
 
     def run_with_hooks(
         self,
@@ -331,7 +341,16 @@ class HookedTransformer(Surface):
         clear_contexts: bool = False,
         **options: Any,
     ) -> Any:
-        """Runs the model with these functions, which are removed behind it; arguments as for :meth:`forward`."""
+        """Runs the model with these functions, which are removed behind it; arguments as for :meth:`forward`.
+
+        Backward functions are removed too, before anything could run backward: use :meth:`hooks` for those.
+        """
+        if bwd_hooks and reset_hooks_end:
+            warnings.warn(
+                "run_with_hooks removes its bwd_hooks before backward() can run: put `with model.hooks(bwd_hooks=...)` "
+                "around both, or type reset_hooks_end=False",
+                stacklevel=2,
+            )
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self.forward(input, *args, **options)
 
@@ -349,3 +368,11 @@ class HookedTransformer(Surface):
 def _layer(layer: int, n_layers: int) -> int:
     """Returns a layer counted from the first; ``n_layers`` itself is the end."""
     return layer if layer == n_layers else check_index("layer", layer, n_layers)
+
+
+def _check_pairing(rows: Tensor, tokens: Tensor) -> None:
+    """Raises :class:`OptionError` unless there is one row per token: broadcasting would give a number all the same."""
+    if rows.shape[:2] != tokens.shape:
+        raise OptionError(
+            f"{tuple(rows.shape[:2])} batch and positions do not go with tokens of shape {tuple(tokens.shape)}"
+        )

@@ -138,7 +138,7 @@ def _from_split_inputs(
     common = attn_in is not shared or (attn_in.requires_grad and wanted)
     if common and attention.group > 1:
         raise OptionError(
-            f"attn_in of layer {layer} cannot be replaced: {attention.n_heads} query heads share "
+            f"attn_in of layer {layer} cannot be hooked: {attention.n_heads} query heads share "
             f"{attention.n_kv_heads} KV heads, and it is not clear whose copy those read; use q_input, k_input, v_input"
         )
     n_kv = attention.n_kv_heads
@@ -151,6 +151,12 @@ def _from_split_inputs(
         seen = attn_in if common else resid.unsqueeze(-2).expand(*resid.shape[:-1], n_heads, -1)
         own = taps(name, layer, seen)
         if common or own is not seen or (own.requires_grad and taps.wants(name, layer)):
+            for norm in ("ln1_scale", "ln1_normalized"):
+                if taps.changes(norm, layer):
+                    raise OptionError(
+                        f"{norm} of layer {layer} is replaced, but {name} gives every head a norm of its own: hook one "
+                        "or the other"
+                    )
             ready = torch.einsum("...hd,hde->...he", normalize(spec.norm, own, w.ln1), W)
             ready = ready if b is None else ready + b
         results.append(ready)

@@ -42,9 +42,10 @@ class KeyValueCache:
         """Writes a layer's new keys and values behind the old ones and returns the first ``n_keys``."""
         assert self.longest + k.shape[1] <= self.capacity
         at = self.positions(k.shape[1])
-        self._k[layer][self._rows, at] = k.detach()
-        self._v[layer][self._rows, at] = v.detach()
-        return self._k[layer][:, :n_keys], self._v[layer][:, :n_keys]
+        # Under an autocast the new ones have another dtype.
+        self._k[layer][self._rows, at] = k.detach().to(self._k[layer].dtype)
+        self._v[layer][self._rows, at] = v.detach().to(self._v[layer].dtype)
+        return self._k[layer][:, :n_keys].to(k.dtype), self._v[layer][:, :n_keys].to(v.dtype)
 
     def advance(self, n_new: Int[Tensor, " batch"]) -> None:
         """Counts the tokens that were added to every sequence; the rest of them was padding."""

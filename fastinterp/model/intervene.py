@@ -7,7 +7,7 @@ activations that the fast path does not form (``pattern``, ``attn_scores``, ``re
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,15 @@ Key = tuple[str, int | None]
 
 @runtime_checkable
 class Replaces(Protocol):
-    """Anything that takes an activation and returns what shall stand in its place."""
+    """Anything that takes an activation and returns what shall stand in its place.
+
+    ``changes`` says whether that can be something else; some only look at gradients.
+    """
+
+    @property
+    def changes(self) -> bool:
+        """Whether what is returned may differ from the activation."""
+        ...
 
     def apply(self, value: Tensor) -> Tensor:
         """Returns the replacement; ``value`` itself must stay as it is."""
@@ -41,6 +49,7 @@ class Edit:
     head: int | None = None
     positions: Bool[Tensor, "batch pos"] | None = None
     replacement: Tensor | float = 0.0
+    changes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuses sites that do not exist and heads of sites without heads."""
@@ -140,6 +149,10 @@ class Taps:
     def wants(self, name: str, layer: int | None) -> bool:
         """Whether this activation is read or replaced."""
         return (name, layer) in self.wanted or (name, layer) in self.edits
+
+    def changes(self, name: str, layer: int | None) -> bool:
+        """Whether this activation may be replaced."""
+        return any(edit.changes for edit in self.edits.get((name, layer), ()))
 
     def wants_any(self, names: Iterable[str], layer: int | None) -> bool:
         """Whether one of these activations is read or replaced."""

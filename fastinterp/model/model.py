@@ -11,7 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.errors import TokenizerMissingError, UnknownActivationError
+from fastinterp.errors import (
+    OptionError,
+    PromptTooLongError,
+    TokenizerMissingError,
+    TokenRangeError,
+    UnknownActivationError,
+)
 from fastinterp.model.forward import final_logits, forward
 from fastinterp.model.intervene import Capture, Edit, Taps
 from fastinterp.model.spec import ModelSpec
@@ -46,9 +52,10 @@ class Run:
             layer = check_index("layer", layer, self.model.spec.n_layers)
         if (name, layer) not in self.values:
             captured = ", ".join(sorted({captured for captured, _ in self.values})) or "nothing"
-            raise UnknownActivationError(
-                f"{name!r} of layer {layer} was not captured (captured: {captured}): type capture=[{name!r}]"
-            )
+            if layer is None and any(name == other for other, _ in self.values):
+                raise UnknownActivationError(f"{name!r} was captured layer by layer: type run[{name!r}, 0]")
+            where = repr(name) if layer is None else f"{name!r} of layer {layer}"
+            raise UnknownActivationError(f"{where} was not captured (captured: {captured}): type capture=[{name!r}]")
         return self.values[name, layer]
 
     def stacked(self, name: str) -> Float[Tensor, "layer ..."]:
@@ -102,7 +109,8 @@ class Model:
         Gradients are recorded as everywhere in torch: put the call under ``torch.no_grad()`` where none are wanted, and
         make an activation their beginning with ``requires_grad_()`` on a replacement.
 
-        Raises :class:`UnknownActivationError` and :class:`SiteRangeError` for what the model does not have. Memory:
+        Raises :class:`UnknownActivationError` and :class:`SiteRangeError` for what the model does not have,
+        :class:`PromptTooLongError` and :class:`TokenRangeError` for tokens that it cannot take. Memory:
         what is captured, and a few ``[batch, pos, d_mlp]`` tensors; logits only once ``.logits()`` is called.
 
         Example:
@@ -110,6 +118,7 @@ class Model:
             >>> run["z", 9].shape                                                  # doctest: +SKIP
             torch.Size([8, 16, 12, 64])
         """
+        check_tokens(self.spec, tokens)
         taps = Taps.of(self.spec.n_layers, capture=capture, edits=edits)
         resid = forward(self.spec, self.weights, tokens.to(self.device), taps=taps)
         return Run(model=self, resid=resid, values=taps.values)
@@ -167,3 +176,18 @@ class Model:
         if self.tokenizer is None:
             return [f"<{token}>" for token in token_ids]
         return [self.tokenizer.decode([token]) for token in token_ids]
+
+
+def check_tokens(spec: ModelSpec, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Raises for tokens that the model cannot take: none, too many, or outside of the vocabulary."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] == 0:
+        raise OptionError(
+            f"the input has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected tokens [batch, pos], at "
+            "least one of them"
+        )
+    if tokens.shape[1] > spec.n_ctx:
+        raise PromptTooLongError(f"the input has {tokens.shape[1]} tokens, the model takes {spec.n_ctx} at most")
+    if bool(((tokens < 0) | (tokens >= spec.d_vocab)).any()):
+        raise TokenRangeError(
+            f"token ids lie between {int(tokens.min())} and {int(tokens.max())}, the vocabulary has {spec.d_vocab}"
+        )

@@ -120,12 +120,53 @@ def test_backward_hooks_see_and_replace_gradients(model):
     assert float(seen["blocks.0.attn.hook_z"].abs().max()) == 0.0
 
 
+def test_backward_hooks_of_one_tensor_run_from_the_later_name_to_the_earlier(model):
+    """resid_post of a block and resid_pre of the next are one tensor; a gradient passes them one after the other."""
+    order = []
+
+    def drop(gradient, hook):
+        order.append(hook.name)
+        return gradient * 0.0
+
+    def note(gradient, hook):
+        order.append(hook.name)
+        assert float(gradient.abs().max()) == 0.0
+
+    names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
+    with model.hooks(bwd_hooks=[(names[0], note), (names[1], drop)]):
+        _, cache = model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True, names_filter=names)
+    assert order == names[::-1]
+    assert float(cache[f"{names[0]}_grad"].abs().max()) == 0.0
+
+
+def test_the_input_of_one_head_has_its_gradient_beside_that_of_all(zoo):
+    full = HookedTransformer(zoo.model("gpt2", dtype=torch.float64))
+    name, both = "blocks.1.hook_q_input", ["blocks.1.hook_q_input", "blocks.1.hook_attn_in"]
+    _, alone = full.run_with_cache(TOKENS, return_type="loss", incl_bwd=True, names_filter=name)
+    _, beside = full.run_with_cache(TOKENS, return_type="loss", incl_bwd=True, names_filter=both)
+    assert torch.allclose(alone[f"{name}_grad"], beside[f"{name}_grad"], atol=1e-14)
+    assert not torch.allclose(alone[f"{name}_grad"], beside[f"{both[1]}_grad"], atol=1e-6)
+
+
+@pytest.mark.parametrize("site", ["hook_embed", "blocks.1.hook_resid_pre", "blocks.2.attn.hook_pattern"])
+def test_gradients_begin_anew_behind_a_constant(model, site):
+    with torch.no_grad():
+        _, clean = model.run_with_cache(TOKENS)
+    _, expected = model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
+    with model.hooks(fwd_hooks=[(site, lambda value, hook: clean[site])]):
+        _, cache = model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
+    for name in (site, "blocks.2.hook_resid_post"):
+        assert torch.allclose(cache[f"{name}_grad"], expected[f"{name}_grad"], atol=1e-12), name
+
+
 def test_removed_backward_hooks_do_not_run(model):
     seen = []
-    loss = model.run_with_hooks(
-        TOKENS, return_type="loss", bwd_hooks=[("hook_embed", lambda gradient, hook: seen.append(hook.name))]
-    )
-    loss.backward()
+    hooks = [("hook_embed", lambda gradient, hook: seen.append(hook.name))]
+    with pytest.warns(UserWarning, match=r"with model\.hooks"):
+        loss = model.run_with_hooks(TOKENS, return_type="loss", bwd_hooks=hooks)
+    # Nor do those of another context run on this graph.
+    with model.hooks(bwd_hooks=hooks):
+        loss.backward()
     assert seen == []
 
 
@@ -149,6 +190,9 @@ def test_edits_take_part_in_the_gradient(model):
 def test_gradients_need_one_number(model):
     with pytest.raises(FastinterpError, match="return_type"):
         model.run_with_cache(TOKENS, incl_bwd=True)
+
+    with torch.inference_mode(), pytest.raises(FastinterpError, match="inference_mode"):
+        model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
 
 
 def test_no_gradients_are_recorded_under_no_grad(model):

@@ -112,7 +112,8 @@ def test_residual_directions(model):
     directions = model.tokens_to_residual_directions(ids)
     assert directions.shape == (3, 2, model.cfg.d_model)
     assert torch.equal(directions[1, 0], model.W_U[:, 5])
-    assert torch.equal(model.tokens_to_residual_directions(9), model.W_U[:, 9])
+    for single in (9, torch.tensor(9), torch.tensor([9]), torch.tensor([[9]])):
+        assert torch.equal(model.tokens_to_residual_directions(single), model.W_U[:, 9])
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, -1])
@@ -163,6 +164,7 @@ def test_parameters_have_transformer_lens_shapes_and_values(model, bridge):
     assert torch.equal(model.blocks[1].attn.W_O, model.W_O[1])
     assert torch.equal(model.blocks[2].mlp.W_in, model.W_in[2])
     assert torch.equal(model.unembed.W_U, model.W_U)
+    assert model.embed.W_E is model.W_E
     assert model.blocks[1].attn.hook_z is model.hook_dict["blocks.1.attn.hook_z"]
     resid = model(TOKENS, stop_at_layer=3)
     assert torch.allclose(model.unembed(model.ln_final(resid)), model(TOKENS), atol=1e-12)
@@ -213,6 +215,18 @@ def test_bad_input_is_refused(model):
         model(torch.zeros(1, 3, 48))
     with pytest.raises(OptionError, match="return_type"):
         model(TOKENS, return_type="logit")
+    with pytest.raises(OptionError, match="return_type"):
+        model(TOKENS, return_type="None")
+    with pytest.raises(OptionError, match="do not go with tokens"):
+        model(model(TOKENS, stop_at_layer=1), start_at_layer=1, return_type="loss", tokens=TOKENS[:1])
+    with pytest.raises(OptionError, match="do not go with tokens"):
+        model.loss_fn(model(TOKENS), TOKENS[:1])
+    with pytest.raises(PromptTooLongError, match="64"):
+        model(torch.zeros(1, 65, model.cfg.d_model), start_at_layer=1)
+    with pytest.raises(TokenRangeError, match="outside"):
+        model.tokens_to_residual_directions(torch.tensor([3, 400]))
+    with pytest.raises(OptionError, match="from_pretrained"):
+        HookedTransformer("gpt2")
     with pytest.raises(OptionError, match="no tokens"):
         model("", prepend_bos=False)
     with pytest.raises(FastinterpError, match="residual stream"):
@@ -285,6 +299,11 @@ def test_run_captures_and_edits(zoo, model):
     assert torch.allclose(run.logits(-1), model(TOKENS)[:, -1], atol=1e-12)
     with pytest.raises(FastinterpError, match="was not captured"):
         run["pattern", 0]
+    with pytest.raises(FastinterpError, match=r"run\['z', 0\]"):
+        run["z"]
+    for bad, error in ((torch.ones(1, 65).long(), PromptTooLongError), (torch.tensor([[400]]), TokenRangeError)):
+        with pytest.raises(error):
+            model.model.run(bad)
     edited = model.model.run(TOKENS, edits=[Edit(site="z", layer=1, head=2)])
 
     def zero_head(value, hook):

@@ -305,3 +305,82 @@ def test_all_pairs_of_sites_can_be_hooked_together(model):
         hooks = [(f"blocks.1.{site}", lambda value, hook: seen.append(hook.name)) for site in pair]
         assert torch.allclose(model.run_with_hooks(TOKENS, fwd_hooks=hooks), clean, atol=1e-10)
         assert seen == [f"blocks.1.{site}" for site in pair]
+
+
+# Copies -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_hook_returns_stays_as_it_is(model):
+    """Patching from another run's cache, with an ablation in place behind it, must not reach that cache."""
+    name = "blocks.1.attn.hook_z"
+    _, clean = model.run_with_cache(TOKENS)
+    kept = clean[name].clone()
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: clean[name]), (name, zero)]):
+        _, edited = model.run_with_cache(TOKENS)
+    assert torch.equal(clean[name], kept)
+    assert float(edited[name].abs().max()) == 0.0
+    own = torch.ones_like(kept)
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: own)]):
+        _, patched = model.run_with_cache(TOKENS)
+    own += 5.0
+    assert float(patched[name].max()) == 1.0
+    resid = model(TOKENS, stop_at_layer=1)
+    _, later = model.run_with_cache(resid, start_at_layer=1)
+    resid += 5.0
+    assert torch.equal(later["resid_pre", 1], model(TOKENS, stop_at_layer=1))
+
+
+def test_a_hook_that_was_left_is_not_taken_away_by_the_next_run(model):
+    model.run_with_hooks(TOKENS, fwd_hooks=[("hook_embed", zeros)], reset_hooks_end=False)
+    model.add_hook("hook_embed", zeros, level=1)
+    model.run_with_hooks(TOKENS, fwd_hooks=[("hook_embed", zeros)])
+    assert n_hooks(model) == 2
+    model.reset_hooks(level=1)
+    assert n_hooks(model) == 1
+
+
+def test_contexts_may_end_in_any_order(model):
+    first, second = model.hooks(fwd_hooks=[("hook_embed", zeros)]), model.hooks(fwd_hooks=[("hook_embed", zero)])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert [hook.fn for hook in model.hook_dict["hook_embed"].fwd_hooks] == [zero]
+    second.__exit__(None, None, None)
+    assert n_hooks(model) == 0
+
+
+def test_a_predicate_that_means_a_large_activation_gets_it(model):
+    wanted = {"blocks.0.attn.hook_z", "blocks.0.hook_q_input", "blocks.1.attn.hook_result"}
+    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: name in wanted)
+    assert set(cache) == wanted
+    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: name.endswith(("hook_z", "hook_result")))
+    assert len(cache) == 6
+    _, cache = model.run_with_cache(TOKENS, names_filter=lambda name: "attn" in name)
+    assert not any("result" in name or "hook_attn_in" in name for name in cache)
+
+
+def test_edits_of_a_norm_are_not_lost_where_heads_have_inputs_of_their_own(model):
+    double = [("blocks.1.ln1.hook_normalized", lambda value, hook: value * 2)]
+    expected = model.run_with_hooks(TOKENS, fwd_hooks=double)
+    with model.hooks(fwd_hooks=double):
+        _, read = model.run_with_cache(TOKENS, names_filter="blocks.1.hook_q_input")
+        logits, _ = model.run_with_cache(TOKENS, names_filter="blocks.1.hook_q_input")
+        assert list(read) == ["blocks.1.hook_q_input"]
+        assert torch.allclose(logits, expected, atol=1e-12)
+        with pytest.raises(FastinterpError, match="one or the other"):
+            model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.hook_q_input", zeros)])
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_bad_arguments_of_hooks_are_refused(model):
+    with pytest.raises(FastinterpError, match="direction"):
+        model.reset_hooks(direction="forward")
+    with pytest.raises(FastinterpError, match="dir"):
+        model.add_hook("hook_embed", zero, dir="backward")
+    with pytest.raises(FastinterpError, match=r"float32.*\.to\(activation.dtype\)"):
+        model.run_with_hooks(TOKENS, fwd_hooks=[("hook_embed", lambda value, hook: value.float())])
+    with pytest.raises(AttributeError, match="cannot be set"):
+        model.W_O = model.W_O * 0
+    with pytest.raises(AttributeError, match="cannot be set"):
+        model.blocks[0].attn.W_O = model.W_O[0]
+    assert n_hooks(model) == 0
