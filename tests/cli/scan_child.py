@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,6 @@ def arm(moment: str, block: int, strike: Callable[[], None]) -> None:
 
     def load(*args: Any, **options: Any) -> None:
         strike()
-        # On a busy machine the signal may reach another thread first, and the handler run a moment later.
-        time.sleep(30)
         raise AssertionError("the signal did not stop the process")
 
     run.compute_block = compute_block
@@ -110,6 +107,8 @@ def forked(job: dict[str, Any], out: Path, err: Path) -> int:
 if __name__ == "__main__":
     fastinterp.store.blocks.MAX_PROMPTS_SWEEP = BLOCK_SIZE
     jobs = Path(sys.argv[1])
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Imports what loading needs once, for all forks. No thread may be running by then.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
