@@ -1,34 +1,37 @@
 """``fastinterp_kernels.linear_logprob``: every backend against float64, interpreted and compiled.
 
-Run as a script (``TRITON_INTERPRET=1 python tests/kernels/test_linear_logprob.py``), this file runs the cases
+Run as a script (``TRITON_INTERPRET=1 python -m tests.kernels.test_linear_logprob``), this file runs the cases
 on the interpreted Triton kernel and prints what failed, as JSON: Triton reads that variable once, when it
 decorates a kernel.
 """
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastinterp_kernels.linear_logprob import LinearLogprob, linear_logprob
 from fastinterp_kernels.linear_logprob.blocked import linear_logprob_blocked
-
-ROOT = Path(__file__).parents[2]
-
+from tests.kernels.kernel_checks import (
+    Compiled,
+    allocations,
+    assert_async_loads,
+    assert_fits,
+    assert_no_tensor_cores,
+    assert_tensor_cores,
+    assert_within_rule,
+    compile_for,
+    largest_error,
+    report_checks,
+    run_interpreted,
+    run_python,
+)
 
 # Cases, the same for every backend --------------------------------------------------------------------------
 
@@ -182,39 +185,20 @@ def _plain(case: Case, dtype: torch.dtype) -> LinearLogprob:
     return LinearLogprob(target_logit, logits.logsumexp(1))
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    """Largest difference; NaN and infinities have to be in the same places."""
-    found, exact = found.double(), exact.double()
-    torch.testing.assert_close(found.isnan(), exact.isnan())
-    same = (found == exact) | exact.isnan()
-    difference = torch.where(same, 0.0, (found - exact).abs())
-    return float(difference.max()) if difference.numel() else 0.0
-
-
 def _logprob(out: LinearLogprob) -> Tensor:
     return out.target_logit - out.logsumexp[:, None]
 
 
-def check(case: Case, found: LinearLogprob, factor: float = 3.0, floor: float = 1e-5) -> None:
+def check(case: Case, found: LinearLogprob) -> None:
     """The error against float64 is at most 3 times that of the plain float32 expression, plus 1e-5."""
     exact, plain = _plain(case, torch.float64), _plain(case, torch.float32)
     assert found.target_logit.shape == case.targets.shape
     assert found.logsumexp.shape == case.x.shape[:1]
     for get in (lambda o: o.target_logit, lambda o: o.logsumexp, _logprob):
-        allowed = factor * _error(get(plain), get(exact)) + floor
-        assert _error(get(found), get(exact)) <= allowed
+        assert_within_rule(get(found), get(exact), get(plain))
 
 
 # Reference and blocked --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Every ``torch.empty`` is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("ragged_255", "ragged_507")])
@@ -267,32 +251,15 @@ def test_no_rows() -> None:
     assert out.logsumexp.shape == (0,)
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that is created, views of the inputs aside."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self.n_bytes = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._known:
-                self.n_bytes = max(self.n_bytes, leaf.untyped_storage().nbytes())
-        return out
-
-
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_blocked_never_holds_more_than_a_tile(softcap: float | None) -> None:
     case = _random(600, 9000)
     b_U = _bias(case)
-    with _LargestTensor(case.x, case.W_U, b_U) as largest:
-        linear_logprob(case.x, case.W_U, case.targets, b_U, softcap=softcap, backend="blocked")
-    assert 0 < largest.n_bytes <= 2**20
-    with _LargestTensor(case.x, case.W_U) as largest:
-        _plain(case, torch.float32)
-    assert largest.n_bytes == 600 * 9000 * 4
+    backend = partial(linear_logprob, backend="blocked")
+    held = allocations(lambda: backend(case.x, case.W_U, case.targets, b_U, softcap=softcap))
+    assert 0 < held.largest <= 2**20
+    assert held.peak <= 2 * 2**20
+    assert allocations(lambda: _plain(case, torch.float32)).largest == 600 * 9000 * 4
 
 
 @pytest.mark.parametrize("name", ["columns_of_a_larger_matrix", "transposed"])
@@ -315,9 +282,7 @@ def test_imports_and_runs_without_triton() -> None:
         "    print(round(float(op.linear_logprob(*args, backend=backend).logsumexp[0]), 3))\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('fastinterp', 'transformers', 'zarr')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:4] == ["3.912", "3.912", "3.912", "[]"]
+    assert run_python(code).split("\n")[:4] == ["3.912", "3.912", "3.912", "[]"]
 
 
 def test_importing_the_operation_does_not_import_triton() -> None:
@@ -327,8 +292,7 @@ def test_importing_the_operation_does_not_import_triton() -> None:
         "assert before or 'triton' not in sys.modules\n"
         "assert not any(name.endswith('triton_kernel') for name in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 # Errors -----------------------------------------------------------------------------------------------------
@@ -397,9 +361,9 @@ def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
         case = _random(64, 4000, d_model=64, scale=4.0)
         exact = _plain(case, torch.float64)
         found = linear_logprob_triton(*case.to(device)[:3], precision=mode)
-        error = _error(found.logsumexp.cpu(), exact.logsumexp)
+        error = largest_error(found.logsumexp.cpu(), exact.logsumexp)
         assert floor <= error <= factor * floor, error
-        assert _error(found.target_logit.cpu(), exact.target_logit) <= 1e-5
+        assert largest_error(found.target_logit.cpu(), exact.target_logit) <= 1e-5
 
     def refusals() -> None:
         case = _random(2, 40).to(device)
@@ -420,27 +384,9 @@ def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
 TRITON_CHECKS = [*CASES, "small_tiles", "bf16x3", "tf32", "refusals"]
 
 
-def _report_interpreted() -> None:
-    """Run every check under NaN-filled ``torch.empty``; print {name: traceback or None}."""
-    torch.use_deterministic_algorithms(True)
-    failures: dict[str, str | None] = {}
-    for name, run in _triton_checks("cpu").items():
-        try:
-            run()
-            failures[name] = None
-        except Exception:
-            failures[name] = traceback.format_exc()
-    print(json.dumps(failures))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("name", TRITON_CHECKS)
@@ -451,25 +397,10 @@ def test_interpreted(name: str, interpreted: dict[str, str | None]) -> None:
 # The Triton kernel, compiled for GPUs that need not be there ------------------------------------------------
 
 
-class Compiled(NamedTuple):
-    ttir: str
-    sass: str
-    shared_bytes: int
-    parameters: list[str]
-
-    def count(self, instruction: str) -> int:
-        return len(re.findall(rf"\b{instruction}\b", self.sass))
-
-
 def _compile(capability: int, dtype: str, precision: str, *, even: bool = True, transposed: bool = False) -> Compiled:
     """The kernel as it is launched for operands of this dtype, with a bias and a softcap."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from fastinterp_kernels.linear_logprob.triton_kernel import default_tiling, partial_logsumexp_kernel
 
-    names = partial_logsumexp_kernel.arg_names
     split = precision == "bf16x3" and dtype == "fp32"
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     tiling = default_tiling(torch_dtype, precision, 768 if even else 75)
@@ -480,25 +411,14 @@ def _compile(capability: int, dtype: str, precision: str, *, even: bool = True, 
         "stride_x_d": 1, "stride_w_d" if transposed else "stride_w_vocab": 1,
     } | ({} if split else {"x_low_ptr": None, "w_low_ptr": None})  # fmt: skip
     operand = "*bf16" if split else f"*{dtype}"
-    types = dict.fromkeys(names, "i32") | dict.fromkeys(("x_ptr", "w_ptr", "x_low_ptr", "w_low_ptr"), operand)
+    types = dict.fromkeys(("x_ptr", "w_ptr", *(("x_low_ptr", "w_low_ptr") if split else ())), operand)
     types |= {"b_ptr": "*fp32", "maximum_ptr": "*fp32", "total_ptr": "*fp32", "softcap": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    by_16 = [n for n in names if types[n].startswith("*")] + ["chunk_columns"]
-    by_16 += ["d_model", "stride_x_row"] * even + ["stride_w_vocab" if transposed else "stride_w_d"]
-    source = ASTSource(
-        partial_logsumexp_kernel,
-        types,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in by_16},
-    )
-    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    runtime = [n for n in names if types[n] != "constexpr"]
-    return Compiled(compiled.asm["ttir"], compiled.asm["sass"], compiled.metadata.shared, runtime)
-
-
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what one program may use
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA"}
+    divisible = ["chunk_columns", "stride_w_vocab" if transposed else "stride_w_d"]
+    return compile_for(
+        partial_logsumexp_kernel, types, constants, capability,
+        divisible=divisible + ["d_model", "stride_x_row"] * even,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -507,17 +427,14 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA"}
     [("fp32", "ieee"), ("fp32", "bf16x3"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")],
 )
 def test_compiles_without_spills_to_the_right_instructions(capability: int, dtype: str, precision: str) -> None:
-    compiled = _compile(capability, dtype, precision)
-    assert compiled.count("STL") == compiled.count("LDL") == 0  # registers spilled to local memory
-    assert compiled.shared_bytes <= SHARED_BYTES[capability]
-    assert re.search(r"\bLDGSTS", compiled.sass)  # loads that run ahead of the products
-    exact_float32 = (dtype, precision) == ("fp32", "ieee")
-    assert (compiled.count(TENSOR_CORE[capability]) > 0) != exact_float32
-    assert (compiled.count("FFMA") > 512) == exact_float32
-    kind = {("fp32", "tf32"): "TF32", ("fp16", "ieee"): r"F32(?!\.(BF|TF))"}.get((dtype, precision), r"F32\.BF16")
-    if not exact_float32:
-        products = re.findall(rf"\b{TENSOR_CORE[capability]}\S*", compiled.sass)
-        assert all(re.search(kind, product) for product in products), products[0]
+    # Hopper's tensor cores read tf32 operands only with neighbours along d_model.
+    compiled = _compile(capability, dtype, precision, transposed=precision == "tf32")
+    assert_fits(compiled)
+    assert_async_loads(compiled)
+    if (dtype, precision) == ("fp32", "ieee"):
+        assert_no_tensor_cores(compiled)
+    else:
+        assert_tensor_cores(compiled, precision if precision == "tf32" else "fp16" if dtype == "fp16" else "bf16")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -528,8 +445,7 @@ def test_other_layouts_compile_without_spills(capability: int, precision: str, l
     compiled = _compile(
         capability, "fp32", precision, even=layout != "ragged_d_model", transposed=layout == "transposed"
     )
-    assert compiled.count("STL") == compiled.count("LDL") == 0
-    assert compiled.shared_bytes <= SHARED_BYTES[capability]
+    assert_fits(compiled)
 
 
 def test_offsets_are_computed_in_64_bits() -> None:
@@ -592,4 +508,4 @@ def test_offsets_beyond_2_to_the_31_on_a_gpu() -> None:
 
 
 if __name__ == "__main__":
-    _report_interpreted()
+    report_checks(_triton_checks("cpu"))

@@ -1,16 +1,12 @@
 """Log-probabilities of given tokens under ``softmax(softcap(x @ W_U + b_U))`` without holding the logits."""
 
-import importlib.util
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp_kernels.linear_logprob.blocked import compute_dtype, linear_logprob_blocked
+from fastinterp_kernels.common import Backend, choose_backend
+from fastinterp_kernels.linear_logprob.blocked import linear_logprob_blocked
 from fastinterp_kernels.linear_logprob.reference import LinearLogprob, check_inputs, linear_logprob_reference
-
-Backend = Literal["auto", "reference", "blocked", "triton"]
 
 __all__ = ["Backend", "LinearLogprob", "linear_logprob"]
 
@@ -62,9 +58,7 @@ def linear_logprob(
             "linear_logprob has no backward pass and an input requires a gradient. Call it under `with "
             "torch.no_grad():`, or pass x.detach(); for a gradient use torch.log_softmax(x @ W_U, -1)."
         )
-    if backend == "auto":
-        usable = x.is_cuda and compute_dtype(x, W_U) == torch.float32
-        backend = "triton" if usable and importlib.util.find_spec("triton") is not None else "blocked"
+    backend = choose_backend(backend, x, W_U)
     if backend == "triton":
         # Imported here: importing Triton costs time, and there is none to import on some platforms.
         from fastinterp_kernels.linear_logprob.triton_kernel import linear_logprob_triton
@@ -72,6 +66,4 @@ def linear_logprob(
         return linear_logprob_triton(x, W_U, targets, b_U, softcap=softcap)
     if backend == "blocked":
         return linear_logprob_blocked(x, W_U, targets, b_U, softcap=softcap)
-    if backend == "reference":
-        return linear_logprob_reference(x, W_U, targets, b_U, softcap=softcap)
-    raise ValueError(f"backend is {backend!r}; expected 'auto', 'reference', 'blocked' or 'triton'.")
+    return linear_logprob_reference(x, W_U, targets, b_U, softcap=softcap)

@@ -6,50 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp_kernels.linear_logprob.reference import IGNORED, LinearLogprob
-
-TILE_BYTES = 2**20
-"""Size of the only tile of logits that exists: it stays in a core's L2 cache between its passes."""
+from fastinterp_kernels.common import TILE_BYTES, compute_dtype, finite_or_zero, target_logits
+from fastinterp_kernels.linear_logprob.reference import LinearLogprob
 
 _MAX_ROWS = 512
 _MAX_COLUMNS = 2048
-
-
-def compute_dtype(x: Tensor, W_U: Tensor) -> torch.dtype:
-    """float64 if an operand is float64, otherwise float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, W_U.dtype), torch.float32)
-
-
-def target_logits(
-    x: Float[Tensor, "row d_model"],
-    W_U: Float[Tensor, "d_model d_vocab"],
-    targets: Int[Tensor, "row k"],
-    b_U: Float[Tensor, " d_vocab"] | None,
-    softcap: float | None,
-) -> Float[Tensor, "row k"]:
-    """Logits of the targets alone, ``x . W_U[:, target]``: 2 d_model operations each, NaN where ignored.
-
-    The gathered columns are held for as many rows as fit ``TILE_BYTES`` (64 times that on a GPU), always for
-    one row: d_model * k elements.
-    """
-    dtype = compute_dtype(x, W_U)
-    n_rows, k = targets.shape
-    logits = torch.empty((n_rows, k), dtype=dtype, device=x.device)
-    if targets.numel() == 0:
-        return logits
-    ids = targets.long().clamp_min(0)
-    n_bytes = TILE_BYTES if x.device.type == "cpu" else 64 * TILE_BYTES
-    step = max(1, n_bytes // (k * x.shape[1] * dtype.itemsize))
-    for row in range(0, n_rows, step):
-        rows = slice(row, row + step)
-        columns = W_U.index_select(1, ids[rows].flatten()).to(dtype).unflatten(1, (-1, k))
-        # A sum of products and not a matrix product: those may be set to tf32 for the whole process.
-        logits[rows] = columns.mul_(x[rows].to(dtype).T[:, :, None]).sum(0)
-    if b_U is not None:
-        logits += b_U[ids].to(dtype)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits.masked_fill(targets == IGNORED, math.nan)
 
 
 def linear_logprob_blocked(
@@ -101,10 +62,10 @@ def _logsumexp(x: Tensor, W_U: Tensor, b_U: Tensor | None, softcap: float | None
                     continue
             logits = _tile_logits(tile, x_rows, W, b, softcap, None)
             new_shift = torch.maximum(row_shift, logits.amax(1))
-            safe_shift = _finite_or_zero(new_shift)
+            safe_shift = finite_or_zero(new_shift)
             row_total.mul_((row_shift - safe_shift).exp_()).add_(logits.sub_(safe_shift[:, None]).exp_().sum(1))
             row_shift.copy_(new_shift)
-    return total.log_().add_(_finite_or_zero(shift))
+    return total.log_().add_(finite_or_zero(shift))
 
 
 def _tile_logits(tile: Tensor, x: Tensor, W: Tensor, b: Tensor, softcap: float | None, shift: Tensor | None) -> Tensor:
@@ -119,8 +80,3 @@ def _tile_logits(tile: Tensor, x: Tensor, W: Tensor, b: Tensor, softcap: float |
         if shift is not None:
             tile.sub_(shift[:, None])
     return tile
-
-
-def _finite_or_zero(shift: Tensor) -> Tensor:
-    """-inf - -inf is NaN: a row of nothing but -inf (or one with +inf) is shifted by 0 instead."""
-    return shift.masked_fill(~torch.isfinite(shift), 0.0)

@@ -7,8 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-IGNORED = -1
-"""The target that asks for no value; its ``target_logit`` is NaN."""
+from fastinterp_kernels.common import (
+    IGNORED,
+    check_float,
+    check_same_device,
+    check_softcap,
+    check_targets,
+    check_unembedding,
+)
 
 
 class LinearLogprob(NamedTuple):
@@ -26,32 +32,11 @@ def check_inputs(x: Tensor, W_U: Tensor, targets: Tensor, b_U: Tensor | None, so
             "[row, d_model], W_U [d_model, d_vocab] and targets [row, k]. For one target per row pass "
             "targets[:, None], and flatten batch and pos first: x.flatten(0, 1)."
         )
-    if x.shape[1] != W_U.shape[0]:
-        raise ValueError(
-            f"x has d_model {x.shape[1]} but W_U has shape {tuple(W_U.shape)}; expected W_U [d_model, "
-            "d_vocab]. A weight stored as [d_vocab, d_model] is passed as W_E.T (no copy is made)."
-        )
-    if targets.shape[0] != x.shape[0]:
-        raise ValueError(f"targets has {targets.shape[0]} rows and x has {x.shape[0]}; expected the same number.")
-    if b_U is not None and b_U.shape != W_U.shape[1:]:
-        raise ValueError(f"b_U has shape {tuple(b_U.shape)}; expected [d_vocab] = [{W_U.shape[1]}], or b_U=None.")
-    for name, tensor in (("x", x), ("W_U", W_U), ("b_U", b_U)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a float dtype. Type {name}.float().")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets has dtype {targets.dtype}; expected token ids. Type targets.long().")
-    others = {str(t.device) for t in (W_U, targets, b_U) if t is not None and t.device != x.device}
-    if others:
-        raise ValueError(f"x is on {x.device} and other inputs are on {sorted(others)}; move all to one device.")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap is {softcap}; expected a positive number, or None for no softcap.")
-    if targets.numel() and bool(((targets < IGNORED) | (targets >= W_U.shape[1])).any()):
-        low, high = int(targets.min()), int(targets.max())
-        raise ValueError(
-            f"targets lie between {low} and {high}; expected 0 to d_vocab - 1 = {W_U.shape[1] - 1}, or "
-            f"{IGNORED} for a target to ignore. Where another value marks what to ignore (-100, say), type "
-            f"targets.masked_fill(targets == -100, {IGNORED})."
-        )
+    check_unembedding(x.shape[1], W_U, b_U)
+    check_float(x=x, W_U=W_U, b_U=b_U)
+    check_same_device(x=x, W_U=W_U, targets=targets, b_U=b_U)
+    check_softcap(softcap)
+    check_targets(targets, x.shape[0], W_U.shape[1])
 
 
 def linear_logprob_reference(

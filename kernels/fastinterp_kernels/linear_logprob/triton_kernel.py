@@ -6,8 +6,7 @@ chunk]``, are reduced in torch. Offsets are int64: ``d_model * d_vocab`` passes 
 # Triton types the arguments of a kernel itself, at each call.
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -16,44 +15,22 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp_kernels.linear_logprob.blocked import compute_dtype, target_logits
+from fastinterp_kernels.common import target_logits
 from fastinterp_kernels.linear_logprob.reference import LinearLogprob
+from fastinterp_kernels.triton_common import (
+    INTERPRETED,
+    LOG2_E,
+    PROGRAMS,
+    Tiling,
+    align_vocab,
+    check_triton,
+    finite_or_zero,
+    launch_device,
+    load_tile,
+    split_bf16,
+)
 
 Precision = Literal["ieee", "bf16x3", "tf32"]
-
-# Read when the kernels below are decorated, so setting the variable later changes nothing.
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-# About four waves of two programs on each of 132 multiprocessors; an interpreted program costs a millisecond.
-_PROGRAMS = 16 if INTERPRETED else 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """Sizes of one program's tile and how it is scheduled."""
-
-    row: int
-    vocab: int
-    d_model: int
-    num_warps: int
-    num_stages: int
-
-
-@triton.jit
-def _as_tf32(tile):
-    """Round float32 to tf32, 10 fraction bits: the interpreter ignores ``input_precision``."""
-    return ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load(ptr, offsets, mask, WIDEN: tl.constexpr, ROUND_TF32: tl.constexpr):
-    tile = tl.load(ptr + offsets) if mask is None else tl.load(ptr + offsets, mask=mask, other=0.0)
-    if WIDEN:
-        tile = tile.to(tl.float32)
-    if ROUND_TF32:
-        tile = _as_tf32(tile)
-    return tile
 
 
 @triton.jit
@@ -81,12 +58,12 @@ def _tile_logits(
             w_mask = None
         x_step = tl.cast(start, tl.int64) * stride_x_d
         w_step = tl.cast(start, tl.int64) * stride_w_d
-        x = _load(x_ptr + x_step, x_offsets, x_mask, WIDEN, ROUND_TF32)
-        w = _load(w_ptr + w_step, w_offsets, w_mask, WIDEN, ROUND_TF32)
+        x = load_tile(x_ptr + x_step, x_offsets, x_mask, WIDEN, ROUND_TF32)
+        w = load_tile(w_ptr + w_step, w_offsets, w_mask, WIDEN, ROUND_TF32)
         if x_low_ptr is not None:
             # The product of the two low parts, 2^-16 of the whole, is left out. Small terms first.
-            x_low = _load(x_low_ptr + x_step, x_offsets, x_mask, WIDEN, False)
-            w_low = _load(w_low_ptr + w_step, w_offsets, w_mask, WIDEN, False)
+            x_low = load_tile(x_low_ptr + x_step, x_offsets, x_mask, WIDEN, False)
+            w_low = load_tile(w_low_ptr + w_step, w_offsets, w_mask, WIDEN, False)
             acc = tl.dot(x_low, w, acc, input_precision=DOT)
             acc = tl.dot(x, w_low, acc, input_precision=DOT)
         acc = tl.dot(x, w, acc, input_precision=DOT)
@@ -94,24 +71,18 @@ def _tile_logits(
         acc += tl.load(b_ptr + columns, mask=columns < d_vocab, other=0.0).to(tl.float32)[None, :]
     if softcap is not None:
         # softcap * tanh(acc / softcap), without a tanh
-        acc = softcap - 2.0 * softcap / (1.0 + tl.exp2(acc * (2.0 * _LOG2_E / softcap)))
+        acc = softcap - 2.0 * softcap / (1.0 + tl.exp2(acc * (2.0 * LOG2_E / softcap)))
     if MASK_VOCAB:
         acc = tl.where(columns[None, :] < d_vocab, acc, float("-inf"))
     return acc
 
 
 @triton.jit
-def _finite_or_zero(x):
-    """-inf - -inf is NaN: a row of nothing but -inf (or one with +inf) is shifted by 0 instead."""
-    return tl.where((x == float("-inf")) | (x == float("inf")), 0.0, x)
-
-
-@triton.jit
 def _accumulate(logits, maximum, total):
     new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
-    shift = _finite_or_zero(new_maximum)
-    added = tl.sum(tl.exp2((logits - shift[:, None]) * _LOG2_E), axis=1)
-    return new_maximum, total * tl.exp2((maximum - shift) * _LOG2_E) + added
+    shift = finite_or_zero(new_maximum)
+    added = tl.sum(tl.exp2((logits - shift[:, None]) * LOG2_E), axis=1)
+    return new_maximum, total * tl.exp2((maximum - shift) * LOG2_E) + added
 
 
 @triton.jit
@@ -180,32 +151,11 @@ def linear_logprob_triton(
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; expected 'ieee', 'bf16x3' or 'tf32'.")
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"backend='triton' got tensors on {x.device}; expected a CUDA device. Type backend='blocked' "
-            "(or 'auto'), or move x, W_U and targets with .cuda(). To run the kernel on a CPU, slowly, for "
-            "tests: start Python with TRITON_INTERPRET=1 in the environment."
-        )
-    if compute_dtype(x, W_U) == torch.float64:
-        raise ValueError("backend='triton' got float64; it computes in float32. Type backend='blocked' or x.float().")
+    check_triton(x, W_U)
     return LinearLogprob(
         target_logit=target_logits(x, W_U, targets, b_U, softcap),
         logsumexp=_logsumexp(x, W_U, b_U, softcap, precision, tiling),
     )
-
-
-def align_vocab(W_U: Float[Tensor, "d_model d_vocab"]) -> Float[Tensor, "d_model d_vocab"]:
-    """``W_U`` where its layout allows wide loads, otherwise a view of a copy with rows padded to 128 columns.
-
-    Wide loads need one stride of 1 and the other a multiple of 16 elements, the unit that Triton specialises
-    on.
-    """
-    strides = W_U.stride()
-    if 1 in strides and max(strides) % 16 == 0:
-        return W_U
-    d_model, d_vocab = W_U.shape
-    padded = torch.empty((d_model, -(-d_vocab // 128) * 128), dtype=W_U.dtype, device=W_U.device)
-    return padded[:, :d_vocab].copy_(W_U)
 
 
 def default_tiling(dtype: torch.dtype, precision: Precision, d_model: int) -> Tiling:
@@ -220,14 +170,6 @@ def default_tiling(dtype: torch.dtype, precision: Precision, d_model: int) -> Ti
         tiling = Tiling(row=128, vocab=128, d_model=32, num_warps=8, num_stages=3)
     # Masks need registers: a d_model that is no multiple of the tile gets half the rows.
     return tiling if d_model % tiling.d_model == 0 else replace(tiling, row=64)
-
-
-def _split_bf16(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """bfloat16 parts whose sum has 16 fraction bits, in the layout of ``tensor``."""
-    high = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device=tensor.device)
-    high.copy_(tensor)
-    low = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device=tensor.device)
-    return high, low.copy_(tensor - high)
 
 
 def _logsumexp(
@@ -248,14 +190,14 @@ def _logsumexp(
     x, W_U = x.contiguous(), align_vocab(W_U)
     x_low = W_low = None
     if precision == "bf16x3" and dtype == torch.float32:
-        (x, x_low), (W_U, W_low) = _split_bf16(x.float()), _split_bf16(W_U.float())
+        (x, x_low), (W_U, W_low) = split_bf16(x.float()), split_bf16(W_U.float())
     n_row_tiles, n_tiles = triton.cdiv(n_rows, tiling.row), triton.cdiv(d_vocab, tiling.vocab)
-    n_chunks = min(n_tiles, triton.cdiv(_PROGRAMS, n_row_tiles))
+    n_chunks = min(n_tiles, triton.cdiv(PROGRAMS, n_row_tiles))
     chunk_columns = triton.cdiv(n_tiles, n_chunks) * tiling.vocab
     n_chunks = triton.cdiv(d_vocab, chunk_columns)
     maximum = torch.empty((n_rows, n_chunks), dtype=torch.float32, device=x.device)
     total = torch.empty_like(maximum)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with launch_device(x):
         partial_logsumexp_kernel[(n_row_tiles, n_chunks)](
             x, x_low, W_U, W_low, None if b_U is None else b_U.contiguous(), maximum, total,
             n_rows, d_model, d_vocab, chunk_columns, n_chunks,
