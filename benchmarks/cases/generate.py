@@ -22,7 +22,7 @@ from benchmarks.harness import Array, Baseline, Case, Prepared
 from benchmarks.models import Fixtures, Workload
 from fastinterp.model.spec import ModelSpec
 
-N_PROMPTS = 8
+N_PROMPTS = 4
 N_NEW = 64
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastinterp.errors import OptionError, UnknownActivationError, nearest
+from fastinterp.hooked.activations import Activations
 from fastinterp.hooked.contributions import SliceInput, is_integer, model_of, take
 from fastinterp.hooked.decomposition import ResidualDecomposition
 from fastinterp.hooked.utils import get_act_name, to_numpy
@@ -37,7 +38,11 @@ class ActivationCache(ResidualDecomposition):
     ``cache["ln1_scale", 3]`` all work. ``result``, ``attn_in``, ``q_input``, ``k_input``, ``v_input`` and ``mlp_in``
     need not be stored: they are computed from ``z``, or are views of the residual stream, when they are asked for.
     That holds for activations; of gradients in a cache, read only what was stored. ``in``, ``len``, iteration and
-    ``keys()`` are about what is stored, under its full name.
+    ``keys()`` are about what was asked for, under its full name.
+
+    About half of a full cache is not held but computed at every reading, from the rest of it:
+    normalised residuals, rotated queries and keys, scores and patterns, ``post``, and the residual stream between
+    every eighth layer. To change one of these in the cache, assign it: ``cache.cache_dict[name] = changed``.
 
     ``model`` is a ``HookedTransformer`` or a :class:`~fastinterp.model.model.Model`; without one (``None``) only
     look-ups work, and negative layers do not. ``has_batch_dim=False`` says that the batch axis was left out.
@@ -52,7 +57,8 @@ class ActivationCache(ResidualDecomposition):
         self, cache_dict: "Mapping[str, Tensor] | ActivationCache", model: Any = None, has_batch_dim: bool = True
     ) -> None:
         """Takes over a dictionary from hook names to tensors (or another cache), without copies of the tensors."""
-        self.cache_dict: dict[str, Tensor] = dict(cache_dict.items())
+        entries: Mapping[str, Tensor] = cache_dict.cache_dict if isinstance(cache_dict, ActivationCache) else cache_dict
+        self.cache_dict: Activations = entries.copy() if isinstance(entries, Activations) else Activations(entries)
         self.model = model
         self.has_batch_dim = has_batch_dim and bool(getattr(cache_dict, "has_batch_dim", True))
 
@@ -145,15 +151,15 @@ class ActivationCache(ResidualDecomposition):
         return len(self.cache_dict)
 
     def keys(self) -> KeysView[str]:
-        """Returns the full names of what is stored."""
+        """Returns the full names of all activations."""
         return self.cache_dict.keys()
 
     def values(self) -> Any:
-        """Returns the stored tensors."""
+        """Returns the tensors."""
         return self.cache_dict.values()
 
     def items(self) -> Any:
-        """Returns the stored pairs of full name and tensor."""
+        """Returns the pairs of full name and tensor."""
         return self.cache_dict.items()
 
     def __repr__(self) -> str:
@@ -173,7 +179,7 @@ class ActivationCache(ResidualDecomposition):
 
     def to(self, device: torch.device | str, move_model: bool = False) -> "ActivationCache":
         """Moves everything to ``device`` and returns the cache itself; ``move_model`` moves the model too."""
-        self.cache_dict = {name: value.to(device) for name, value in self.cache_dict.items()}
+        self.cache_dict = self.cache_dict.to(device)
         if move_model:
             self.model = self.model.to(device)
         return self
@@ -197,9 +203,9 @@ class ActivationCache(ResidualDecomposition):
                 raise OptionError(
                     f"the cache has {self._size(0)} prompts: take one first, with apply_slice_to_batch_dim([0])"
                 )
-            self.cache_dict = {
-                name: value[0] if value.ndim and len(value) == 1 else value for name, value in self.cache_dict.items()
-            }
+            self.cache_dict = self.cache_dict.mapped(
+                lambda _, value: value[0] if value.ndim and len(value) == 1 else value
+            )
             self.has_batch_dim = False
         return self
 
@@ -213,11 +219,10 @@ class ActivationCache(ResidualDecomposition):
         if not self.has_batch_dim:
             raise OptionError("this cache has no batch axis: it was removed, or one prompt was taken already")
         n = self._size(0)
-        some = {
-            # What has another size is the same for all prompts.
-            name: take(value, batch_slice, 0, "prompt") if value.ndim and len(value) == n else value
-            for name, value in self.cache_dict.items()
-        }
+        # What has another size is the same for all prompts.
+        some = self.cache_dict.mapped(
+            lambda _, value: take(value, batch_slice, 0, "prompt") if value.ndim and len(value) == n else value
+        )
         return ActivationCache(some, self.model, has_batch_dim=not is_integer(batch_slice))
 
     def at_positions(self, pos_slice: SliceInput) -> "ActivationCache":
@@ -246,7 +251,7 @@ class ActivationCache(ResidualDecomposition):
         """The size that most activations have along one of the first two axes, leaving out axes of heads."""
         sizes = Counter(
             value.shape[axis]
-            for name, value in self.cache_dict.items()
+            for name, value in self.cache_dict.held().items()
             if value.ndim > axis and (axis < self.has_batch_dim or "query_pos" not in _axes(name))
         )
         return sizes.most_common(1)[0][0] if sizes else None

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastinterp.errors import NonFiniteError, OptionError, PromptTooLongError, check_choice
 from fastinterp.hooked.activation_cache import ActivationCache
+from fastinterp.hooked.activations import Activations, Recipe, derivable, recipe
 from fastinterp.hooked.generate import generate
-from fastinterp.hooked.hooks import Direction, HookFunction, NameFilter
+from fastinterp.hooked.hooks import Direction, HookFunction, HookPoint, NameFilter
 from fastinterp.hooked.pretrained import load_pretrained
 from fastinterp.hooked.surface import Surface
 from fastinterp.metrics import evaluate_loss
 from fastinterp.model.attention import make_frame
 from fastinterp.model.forward import embed, final_logits, run_blocks
-from fastinterp.model.intervene import Taps
+from fastinterp.model.intervene import Key, Taps
 from fastinterp.model.model import check_tokens
 from fastinterp.model.norms import tapped_norm
 from fastinterp.names import check_index
@@ -243,14 +244,17 @@ class HookedTransformer(Surface):
             reset_hooks_end, clear_contexts: accepted; nothing that this call adds stays behind.
             options: as for :meth:`forward`.
 
-        Memory: what is kept, and nothing else; keys and values, and the residual stream between blocks, share memory.
+        Memory: what is asked for, less what follows from the rest of it (see :class:`ActivationCache`), about half of
+        a full cache. With ``incl_bwd`` everything is kept.
         """
         points = self.points.matching(names_filter, self.flags)
+        derived = set() if incl_bwd else self._derivable(points, **options)
         gradients: dict[str, Tensor] = {}
         kept: list[Taps] = []
 
         def make_taps(*, root: bool) -> Taps:
-            kept.append(self.points.taps(points, gradients if incl_bwd else None, root=root))
+            captured = [point for point in points if point.key not in derived]
+            kept.append(self.points.taps(captured, gradients if incl_bwd else None, root=root))
             return kept[-1]
 
         if incl_bwd and torch.is_inference_mode_enabled():
@@ -264,16 +268,35 @@ class HookedTransformer(Surface):
         else:
             result = self._run(input, return_type, make_taps, **options)
         values = kept[0].values
-        stored = {point.name: values[point.key].detach() for point in points if point.key in values}
-        stored |= {f"{name}_grad": gradients[name] for name in reversed(stored) if name in gradients}
-        cache = ActivationCache(stored, self)
+        entries: dict[str, Tensor | Recipe] = {}
+        for point in points:
+            if point.key in derived:
+                entries[point.name] = recipe(self.model.spec, self.model.weights, *point.key)
+            elif point.key in values:
+                entries[point.name] = values[point.key].detach()
+        entries |= {f"{name}_grad": gradients[name] for name in reversed(entries) if name in gradients}
+        cache = ActivationCache(Activations(entries), self)
         if pos_slice is not None:
             cache = cache.at_positions(pos_slice)
         if device is not None:
             cache = cache.to(device)
         if remove_batch_dim:
             cache = cache.remove_batch_dim()
-        return result, (cache if return_cache_object else cache.cache_dict)
+        return result, (cache if return_cache_object else dict(cache.cache_dict))
+
+    def _derivable(
+        self,
+        points: Sequence[HookPoint],
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        **_: Any,
+    ) -> set[Key]:
+        n_layers = self.model.spec.n_layers
+        first = _layer(start_at_layer or 0, n_layers)
+        end = n_layers if stop_at_layer is None else _layer(stop_at_layer, n_layers)
+        hooked = {point.key for point in self.points.hooked()}
+        return derivable(self.model.spec, [point.key for point in points], hooked, first, end)
 
     # Hooks --------------------------------------------------------------------------------------------------------
 

@@ -106,13 +106,26 @@ def project_qkv(
     if taps.wants_any(SPLIT_INPUTS, layer):
         q, k, v = _from_split_inputs(spec, w, layer, resid, taps, (q, k, v))
     q, k, v = taps("q", layer, q), taps("k", layer, k), taps("v", layer, v)
-    if w.q_norm is not None and w.k_norm is not None:
-        q, k = rms_norm(spec.norm, q, w.q_norm), rms_norm(spec.norm, k, w.k_norm)
+    q, k = ready(spec, layer, q, w.q_norm, frame), ready(spec, layer, k, w.k_norm, frame)
     if spec.position.kind == "rotary":
-        rope = spec.position.rope[layer]
-        q, k = rotate(rope, q, *frame.rotations[rope]), rotate(rope, k, *frame.rotations[rope])
         q, k = taps("rot_q", layer, q), taps("rot_k", layer, k)
     return q, k, v
+
+
+def ready(
+    spec: ModelSpec,
+    layer: int,
+    x: Float[Tensor, "*rows head d_head"],
+    norm_weights: Float[Tensor, " d_head"] | None,
+    frame: Frame,
+) -> Float[Tensor, "*rows head d_head"]:
+    """Returns queries or keys as the attention takes them: with their norm and their rotation, where there are such."""
+    if norm_weights is not None:
+        x = rms_norm(spec.norm, x, norm_weights)
+    if spec.position.kind == "rotary":
+        rope = spec.position.rope[layer]
+        x = rotate(rope, x, *frame.rotations[rope])
+    return x
 
 
 SPLIT_INPUTS = ("attn_in", "q_input", "k_input", "v_input")
@@ -143,7 +156,7 @@ def _from_split_inputs(
         )
     n_kv = attention.n_kv_heads
     results = []
-    for name, n_heads, W, b, ready in (
+    for name, n_heads, W, b, done in (
         ("q_input", attention.n_heads, w.W_Q, w.b_Q, projected[0]),
         ("k_input", n_kv, w.W_K, w.b_K, projected[1]),
         ("v_input", n_kv, w.W_V, w.b_V, projected[2]),
@@ -157,9 +170,9 @@ def _from_split_inputs(
                         f"{norm} of layer {layer} is replaced, but {name} gives every head a norm of its own: hook one "
                         "or the other"
                     )
-            ready = torch.einsum("...hd,hde->...he", normalize(spec.norm, own, w.ln1), W)
-            ready = ready if b is None else ready + b
-        results.append(ready)
+            done = torch.einsum("...hd,hde->...he", normalize(spec.norm, own, w.ln1), W)
+            done = done if b is None else done + b
+        results.append(done)
     return results
 
 
@@ -234,17 +247,29 @@ def _mix(
             enable_gqa=attention.group > 1,
         )
         return z.transpose(1, 2)
-    # The queries of a group as more rows of one product, so that keys and values are not repeated.
-    n_kv, group = attention.n_kv_heads, attention.group
-    rows = q.unflatten(1, (n_kv, group)).flatten(2, 3)
-    scores = (rows @ k.transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * attention.scale
-    if attention.softcap is not None:
-        scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    scores = taps("attn_scores", layer, scores.masked_fill(~mask, -torch.inf))
+    scores = taps("attn_scores", layer, attention_scores(spec, q, k, mask))
     pattern = taps("pattern", layer, scores.softmax(-1))
+    n_kv, group = attention.n_kv_heads, attention.group
     z = pattern.unflatten(1, (n_kv, group)).flatten(2, 3) @ v
     mixed: Tensor = z.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
     return mixed
+
+
+def attention_scores(
+    spec: ModelSpec,
+    q: Float[Tensor, "batch head query_pos d_head"],
+    k: Float[Tensor, "batch kv_head key_pos d_head"],
+    mask: Bool[Tensor, "*#batch query_pos key_pos"],
+) -> Float[Tensor, "batch head query_pos key_pos"]:
+    """Returns what the softmax is taken of: -inf where a query may not look."""
+    attention = spec.attention
+    # The queries of a group as more rows of one product, so that keys and values are not repeated.
+    n_kv, group = attention.n_kv_heads, attention.group
+    rows = q.unflatten(1, (n_kv, group)).flatten(2, 3)
+    scores: Tensor = (rows @ k.transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * attention.scale
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    return scores.masked_fill(~mask, -torch.inf)
 
 
 def affine(

@@ -195,7 +195,9 @@ def test_caches_can_be_filtered_and_shaped(model):
 
 def test_what_is_cached_is_not_copied(model):
     _, cache = model.run_with_cache(TOKENS)
-    assert cache["resid_post", 0].data_ptr() == cache["resid_pre", 1].data_ptr()
+    assert torch.equal(cache["resid_post", 0], cache["resid_pre", 1])
+    _, stream = model.run_with_cache(TOKENS, names_filter=lambda name: "resid_p" in name)
+    assert stream["resid_post", 0].data_ptr() == stream["resid_pre", 1].data_ptr()
     storages = {cache[site, 0].untyped_storage().data_ptr() for site in ("q", "k", "v")}
     assert len(storages) == 1
     # One of them alone does not hold on to the others.
