@@ -6,7 +6,7 @@ Vocabulary: an operand is *rounded* to a precision by splitting it into ``parts`
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -107,6 +107,22 @@ def finite_or_zero(shift: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return shift.masked_fill(~torch.isfinite(shift), 0.0)
 
 
+def target_columns(
+    W_U: Float[Tensor, "d_model d_vocab"], targets: Int[Tensor, "row k"], dtype: torch.dtype
+) -> Iterator[tuple[slice, Float[Tensor, "d_model part_of_row k"]]]:
+    """Slices of rows with a copy of their targets' columns of ``W_U`` (of column 0 where ignored).
+
+    As many rows at a time as fit ``TILE_BYTES`` (16 times that on a GPU), at least one: d_model * k elements.
+    """
+    (n_rows, k), d_model = targets.shape, W_U.shape[0]
+    n_bytes = TILE_BYTES if W_U.device.type == "cpu" else 16 * TILE_BYTES
+    step = max(1, n_bytes // max(1, k * d_model * dtype.itemsize))
+    for row in range(0, n_rows if k else 0, step):
+        rows = slice(row, row + step)
+        ids = targets[rows].long().clamp_min(0)
+        yield rows, W_U.index_select(1, ids.flatten()).to(dtype).unflatten(1, (-1, k))
+
+
 def target_logits(
     x: Float[Tensor, "row d_model"],
     W_U: Float[Tensor, "d_model d_vocab"],
@@ -116,24 +132,15 @@ def target_logits(
 ) -> Float[Tensor, "row k"]:
     """Logits of the targets alone, ``x . W_U[:, target]``: 2 d_model operations each, NaN where ignored.
 
-    Exact products in every precision. The gathered columns are held for as many rows as fit ``TILE_BYTES``
-    (64 times that on a GPU), always for one row: d_model * k elements.
+    Exact products in every precision; memory as :func:`target_columns`.
     """
     dtype = compute_dtype(x, W_U)
-    n_rows, k = targets.shape
-    logits = torch.empty((n_rows, k), dtype=dtype, device=x.device)
-    if targets.numel() == 0:
-        return logits
-    ids = targets.long().clamp_min(0)
-    n_bytes = TILE_BYTES if x.device.type == "cpu" else 64 * TILE_BYTES
-    step = max(1, n_bytes // (k * x.shape[1] * dtype.itemsize))
-    for row in range(0, n_rows, step):
-        rows = slice(row, row + step)
-        columns = W_U.index_select(1, ids[rows].flatten()).to(dtype).unflatten(1, (-1, k))
+    logits = torch.empty(targets.shape, dtype=dtype, device=x.device)
+    for rows, columns in target_columns(W_U, targets, dtype):
         # A sum of products and not a matrix product: those may be set to tf32 for the whole process.
         logits[rows] = columns.mul_(x[rows].to(dtype).T[:, :, None]).sum(0)
     if b_U is not None:
-        logits += b_U[ids].to(dtype)
+        logits += b_U[targets.long().clamp_min(0)].to(dtype)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits.masked_fill(targets == IGNORED, math.nan)

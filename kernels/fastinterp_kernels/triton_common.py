@@ -112,13 +112,23 @@ def is_aligned(W_U: Float[Tensor, "d_model d_vocab"]) -> bool:
     return 1 in strides and max(strides) % 16 == 0 and W_U.data_ptr() % 16 == 0
 
 
-def split_bf16(tensor: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """bfloat16 parts whose sum has 16 fraction bits, in the layout of ``tensor``."""
-    high = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device=tensor.device)
-    high.copy_(tensor)
-    low = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device=tensor.device)
-    # An infinite high part has no rest: inf - inf is NaN.
-    return high, low.copy_((tensor - high).masked_fill_(~torch.isfinite(high), 0.0))
+def split_bf16_(
+    high: Float[Tensor, "m ..."], low: Float[Tensor, "m ..."], source: Float[Tensor, "m ..."]
+) -> tuple[Float[Tensor, "m ..."], Float[Tensor, "m ..."]]:
+    """Fill two bfloat16 tensors whose sum is ``source`` to 16 fraction bits; in slices of about 1 MiB."""
+    step = max(1, 2**18 * source.shape[0] // max(1, source.numel()))
+    for row in range(0, source.shape[0], step):
+        rows = slice(row, row + step)
+        high[rows] = source[rows]
+        # An infinite high part has no rest: inf - inf is NaN.
+        low[rows] = (source[rows] - high[rows]).masked_fill_(~torch.isfinite(high[rows]), 0.0)
+    return high, low
+
+
+def split_bf16(tensor: Float[Tensor, "m ..."]) -> tuple[Float[Tensor, "m ..."], Float[Tensor, "m ..."]]:
+    """Two new contiguous bfloat16 tensors as :func:`split_bf16_` fills them."""
+    high, low = torch.empty((2, *tensor.shape), dtype=torch.bfloat16, device=tensor.device)
+    return split_bf16_(high, low, tensor)
 
 
 class Slab(NamedTuple):
@@ -130,18 +140,25 @@ class Slab(NamedTuple):
 
 
 def weight_slabs(
-    W_U: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, precision: Precision, *, n_bytes: int = SLAB_BYTES
+    W_U: Float[Tensor, "d_model d_vocab"],
+    dtype: torch.dtype,
+    precision: Precision,
+    *,
+    along: Literal["d_model", "vocab"] | None = None,
+    n_bytes: int = SLAB_BYTES,
 ) -> Iterator[Slab]:
     """``W_U`` for ``tl.dot``, part by part in one buffer of about ``n_bytes``, or whole where nothing must change.
 
-    ``dtype`` is the operands' common one. float32 operands are rounded (``bf16``) or split (``bf16x3``), or laid
-    out with neighbours along ``d_model`` (``tf32``: Hopper's tensor cores read it only so, and any other order
-    is copied 4 bytes at a time); others are only aligned. A slab is valid until the next one is asked for.
-    It is never narrower than 128 columns; its columns beyond ``d_vocab``, if read, hold zeros.
+    ``dtype`` is the operands' common one. float32 operands are rounded (``bf16``) or split (``bf16x3``); others
+    are only aligned. ``along``: the axis along which neighbours must lie; None takes what comes, but ``d_model``
+    for ``tf32``. (Hopper's tensor cores read tf32 only along the axis that is summed over, and any other
+    order is copied 4 bytes at a time.) A slab is valid until the next one is asked for. It is never narrower
+    than 128 columns; its columns beyond ``d_vocab``, if read, hold zeros.
     """
-    narrow = dtype == torch.float32 and W_U.dtype == torch.float32 and precision in ("bf16", "bf16x3")
-    along_d = dtype == torch.float32 and precision == "tf32"
-    if not narrow and is_aligned(W_U) and (W_U.stride(0) == 1 or not along_d):
+    narrow = dtype == torch.float32 and W_U.dtype != torch.bfloat16 and precision in ("bf16", "bf16x3")
+    if along is None and dtype == torch.float32 and precision == "tf32":
+        along = "d_model"
+    if not narrow and is_aligned(W_U) and (along is None or W_U.stride(0 if along == "d_model" else 1) == 1):
         yield Slab(0, W_U, None)
         return
     d_model, d_vocab = W_U.shape
@@ -149,20 +166,17 @@ def weight_slabs(
     stored = torch.bfloat16 if narrow else W_U.dtype
     n_columns = max(128, n_bytes // (d_model * n_parts * stored.itemsize) // 128 * 128)
     n_columns = min(n_columns, -(-d_vocab // 128) * 128)
-    if along_d:
+    if along == "d_model":
         stride = -(-d_model // 16) * 16
-        buffer = torch.empty((1, n_columns, stride), dtype=stored, device=W_U.device)[..., :d_model].mT
+        buffer = torch.empty((n_parts, n_columns, stride), dtype=stored, device=W_U.device)[..., :d_model].mT
     else:
         buffer = torch.empty((n_parts, d_model, n_columns), dtype=stored, device=W_U.device)
     for first in range(0, d_vocab, n_columns):
         source = W_U[:, first : first + n_columns]
-        width = source.shape[1]
-        W, low = buffer[0, :, :width], None
-        W.copy_(source)
+        part = buffer[:, :, : source.shape[1]]
         if n_parts == 2:
-            low = buffer[1, :, :width]
-            for row in range(0, d_model, 64):  # in slices: the difference is float32, as large as the slab
-                high = W[row : row + 64]
-                low[row : row + 64] = (source[row : row + 64] - high).masked_fill_(~torch.isfinite(high), 0.0)
-        buffer[:, :, width:] = 0.0
-        yield Slab(first, W, low)
+            split_bf16_(part[0], part[1], source)
+        else:
+            part[0].copy_(source)
+        buffer[:, :, source.shape[1] :] = 0.0
+        yield Slab(first, part[0], part[1] if n_parts == 2 else None)
