@@ -1,4 +1,7 @@
-"""All activations of a run, attention patterns included, in one cache.
+"""All activations of a run, attention patterns included, in one cache: of long prompts, and of short ones.
+
+Long prompts are the texts of many short ones behind each other. Patterns and scores grow with the square of the length;
+of short prompts the logits are a large part of the memory, and those both ways hold alike.
 
 What is compared are the logits at the last position and, of every kind of activation in every layer, some entries
 drawn by a seed: looking at all of them would take longer than making them. Beside the other way to fill a cache stand
@@ -20,10 +23,11 @@ import torch
 
 from benchmarks import naive
 from benchmarks.harness import Array, Baseline, Case, Prepared
-from benchmarks.models import Fixtures, Workload
+from benchmarks.models import Fixtures
 from fastinterp.model.spec import ModelSpec
 
-N_PROMPTS = 16
+N_LONG = (4, 200)
+N_SHORT = 16
 N_ENTRIES = 8
 
 SITES = (
@@ -42,13 +46,25 @@ SITES = (
 )
 
 
-def setup(fixtures: Fixtures) -> Prepared:
-    """All prompts in one batch."""
+def long_prompts(fixtures: Fixtures) -> Prepared:
+    """A few prompts of many tokens, in one batch."""
+    n_prompts, n_pos = N_LONG
+    short = fixtures.workload(n_prompts)
+    short = fixtures.workload(-(-n_prompts * n_pos // short.tokens.shape[1]))
+    return prepare(fixtures, short.tokens.flatten()[: n_prompts * n_pos].view(n_prompts, n_pos))
+
+
+def short_prompts(fixtures: Fixtures) -> Prepared:
+    """Prompts of one sentence, in one batch."""
+    return prepare(fixtures, fixtures.workload(N_SHORT).tokens)
+
+
+def prepare(fixtures: Fixtures, tokens: torch.Tensor) -> Prepared:
+    """The ways to cache a run of these tokens."""
     import fastinterp
 
-    work = fixtures.workload(N_PROMPTS)
     bridge, hooked = fixtures.bridge, fastinterp.HookedTransformer(fixtures.model)
-    n_layers, n_prompts, d_vocab = fixtures.model.spec.n_layers, len(work.tokens), fixtures.model.spec.d_vocab
+    n_layers, n_prompts, d_vocab = fixtures.model.spec.n_layers, len(tokens), fixtures.model.spec.d_vocab
     logits_only = slice(0, n_prompts * d_vocab)
     shape = (n_prompts * d_vocab + n_layers * len(SITES) * N_ENTRIES,)
 
@@ -64,30 +80,30 @@ def setup(fixtures: Fixtures) -> Prepared:
         )
 
     def cached() -> torch.Tensor:
-        return digest(*naive.full_cache(bridge, work.tokens), n_layers)
+        return digest(*naive.full_cache(bridge, tokens), n_layers)
 
     return Prepared(
-        workload=str(work),
-        n_tokens=work.n_tokens,
+        workload=f"{tokens.shape[0]} prompts x {tokens.shape[1]} tokens",
+        n_tokens=tokens.numel(),
         baselines=(
             baseline("notebook", "run_with_cache of everything", cached, slice(None), alternative=True),
             baseline(
                 "bare bridge",
                 "TransformerLens without a cache",
-                lambda: naive.bare_forward(bridge, work.tokens)[:, -1].flatten(),
+                lambda: naive.bare_forward(bridge, tokens)[:, -1].flatten(),
                 logits_only,
                 alternative=False,
             ),
             baseline(
                 "bare fastinterp",
                 "fastinterp without a cache",
-                lambda: naive.bare_forward(hooked, work.tokens)[:, -1].flatten(),
+                lambda: naive.bare_forward(hooked, tokens)[:, -1].flatten(),
                 logits_only,
                 alternative=False,
             ),
         ),
-        fast=lambda: _fast(hooked, work),
-        flops=needed_flops(fixtures.model.spec, work.tokens),
+        fast=lambda: _fast(hooked, tokens),
+        flops=needed_flops(fixtures.model.spec, tokens),
     )
 
 
@@ -97,20 +113,25 @@ def digest(logits: torch.Tensor, cache: Any, n_layers: int) -> torch.Tensor:
     Residual streams of real models hold entries of hundreds, whose rounding is in proportion: entries are divided by
     their root mean square where that is above 1.
     """
-    parts = [logits[:, -1].flatten()]
+    last = logits[:, -1].flatten()
+    # One tensor from the start: small ones that stay, in between large ones that go, would leave holes in the memory.
+    found = last.new_empty(last.numel() + n_layers * len(SITES) * N_ENTRIES)
+    found[: last.numel()] = last
+    start = last.numel()
     generator = torch.Generator().manual_seed(0)
     for layer in range(n_layers):
         for site in SITES:
             values = cache[f"blocks.{layer}.{site}"].flatten()
             drawn = torch.randint(values.numel(), (N_ENTRIES,), generator=generator)
             entries = values[drawn.to(values.device)]
-            parts.append(entries / entries.square().mean().sqrt().clamp(min=1.0))
-    return torch.cat(parts)
+            found[start : start + N_ENTRIES] = entries / entries.square().mean().sqrt().clamp(min=1.0)
+            start += N_ENTRIES
+    return found
 
 
-def _fast(hooked: Any, work: Workload) -> Array:
+def _fast(hooked: Any, tokens: torch.Tensor) -> Array:
     with torch.no_grad():
-        found = digest(*hooked.run_with_cache(work.tokens), hooked.cfg.n_layers)
+        found = digest(*hooked.run_with_cache(tokens), hooked.cfg.n_layers)
     return np.asarray(found.cpu().numpy(), dtype=np.float64)
 
 
@@ -124,6 +145,12 @@ CASES = (
         name="cache_full",
         what="cache of all activations, attention patterns included",
         naive_way="run_with_cache, one batch",
-        setup=setup,
+        setup=long_prompts,
+    ),
+    Case(
+        name="cache_short",
+        what="the same for short prompts",
+        naive_way="run_with_cache, one batch",
+        setup=short_prompts,
     ),
 )
