@@ -52,6 +52,13 @@ def as_tf32(tile):
 
 
 @triton.jit
+def as_bf16(tile):
+    """Round float32 to the nearest bfloat16 value, before a cast that the interpreter makes by cutting bits off."""
+    bits = tile.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_tile(ptr, offsets, mask, WIDEN: tl.constexpr, ROUND_TF32: tl.constexpr):
     """Load, 0 where masked (``mask`` None: no mask), as float32 with WIDEN, rounded to tf32 with ROUND_TF32."""
     tile = tl.load(ptr + offsets) if mask is None else tl.load(ptr + offsets, mask=mask, other=0.0)
@@ -145,6 +152,7 @@ def weight_slabs(
     precision: Precision,
     *,
     along: Literal["d_model", "vocab"] | None = None,
+    d_multiple: int = 1,
     n_bytes: int = SLAB_BYTES,
 ) -> Iterator[Slab]:
     """``W_U`` for ``tl.dot``, part by part in one buffer of about ``n_bytes``, or whole where nothing must change.
@@ -152,16 +160,18 @@ def weight_slabs(
     ``dtype`` is the operands' common one. float32 operands are rounded (``bf16``) or split (``bf16x3``); others
     are only aligned. ``along``: the axis along which neighbours must lie; None takes what comes, but ``d_model``
     for ``tf32``. (Hopper's tensor cores read tf32 only along the axis that is summed over, and any other
-    order is copied 4 bytes at a time.) A slab is valid until the next one is asked for. It is never narrower
-    than 128 columns; its columns beyond ``d_vocab``, if read, hold zeros.
+    order is copied 4 bytes at a time.) ``d_multiple``: rows of zeros are added up to a multiple of it. A slab
+    is valid until the next one is asked for. It is never narrower than 128 columns; its columns beyond
+    ``d_vocab``, if read, hold zeros.
     """
     narrow = dtype == torch.float32 and W_U.dtype != torch.bfloat16 and precision in ("bf16", "bf16x3")
     if along is None and dtype == torch.float32 and precision == "tf32":
         along = "d_model"
-    if not narrow and is_aligned(W_U) and (along is None or W_U.stride(0 if along == "d_model" else 1) == 1):
+    usable = is_aligned(W_U) and W_U.shape[0] % d_multiple == 0
+    if usable and not narrow and (along is None or W_U.stride(0 if along == "d_model" else 1) == 1):
         yield Slab(0, W_U, None)
         return
-    d_model, d_vocab = W_U.shape
+    d_model, d_vocab = -(-W_U.shape[0] // d_multiple) * d_multiple, W_U.shape[1]
     n_parts = 2 if narrow and precision == "bf16x3" else 1
     stored = torch.bfloat16 if narrow else W_U.dtype
     n_columns = max(128, n_bytes // (d_model * n_parts * stored.itemsize) // 128 * 128)
@@ -175,8 +185,9 @@ def weight_slabs(
         source = W_U[:, first : first + n_columns]
         part = buffer[:, :, : source.shape[1]]
         if n_parts == 2:
-            split_bf16_(part[0], part[1], source)
+            split_bf16_(part[0, : len(source)], part[1, : len(source)], source)
         else:
-            part[0].copy_(source)
+            part[0, : len(source)].copy_(source)
+        buffer[:, len(source) :] = 0.0
         buffer[:, :, source.shape[1] :] = 0.0
         yield Slab(first, part[0], part[1] if n_parts == 2 else None)
