@@ -26,18 +26,28 @@ _PUBLIC = {
     "TASKS": "fastinterp.prompts",
     "ablate": "fastinterp.analyses",
     "describe": "fastinterp.engine",
+    "direct_effect": "fastinterp.analyses",
     "direct_logit_attribution": "fastinterp.analyses",
+    "head_logits": "fastinterp.analyses",
     "load": "fastinterp.load",
     "logit_lens": "fastinterp.analyses",
     "open": "fastinterp.engine",
     "plan": "fastinterp.engine",
     "scan": "fastinterp.engine",
     "utils": "fastinterp.hooked",
+    "weight_logits": "fastinterp.analyses",
     "write_html": "fastinterp.report",
 }
 
 if TYPE_CHECKING:
-    from fastinterp.analyses import ablate, direct_logit_attribution, logit_lens
+    from fastinterp.analyses import (
+        ablate,
+        direct_effect,
+        direct_logit_attribution,
+        head_logits,
+        logit_lens,
+        weight_logits,
+    )
     from fastinterp.engine import describe, open, scan
     from fastinterp.engine.plan import plan
     from fastinterp.errors import FastinterpError
@@ -63,13 +73,16 @@ __all__ = [
     "PromptSet",
     "ablate",
     "describe",
+    "direct_effect",
     "direct_logit_attribution",
+    "head_logits",
     "load",
     "logit_lens",
     "open",
     "plan",
     "scan",
     "utils",
+    "weight_logits",
     "write_html",
 ]
 

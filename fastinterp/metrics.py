@@ -5,6 +5,8 @@
 | ``logit`` | logit of the answer (mean over several answers) | logits | answer |
 | ``logit_diff`` | logit of the answer minus logit of the wrong answer (means over several) | logits | answer, wrong |
 | ``logprob`` | log-probability of the answer (of any of several answers) | nats | answer |
+| ``rank`` | number of tokens with a larger logit than the answer (the best of several), 0 is best | tokens | answer |
+| ``kl`` | KL divergence of the distribution from the clean run's: ``KL(clean || this)`` | nats | - |
 | ``loss`` | minus log-probability of the prompt's own next token, at every position that has one | nats | - |
 
 With ``x`` the normalised final residual,
@@ -24,21 +26,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.errors import MetricError, nearest
-from fastinterp_kernels.linear_logprob import linear_logprob
+from fastinterp_kernels.linear_cross_entropy import linear_cross_entropy
 
-MetricName = Literal["logit_diff", "logit", "logprob", "loss"]
+MetricName = Literal["logit_diff", "logit", "logprob", "rank", "kl", "loss", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric's description: which columns of the prompts it needs, and whether it has a value per token."""
+    """A metric's description: which columns of the prompts it needs, and whether it has a value per token.
+
+    ``relative`` metrics compare with the clean run.
+    """
 
     name: MetricName
-    units: Literal["logits", "nats"]
+    units: Literal["logits", "nats", "tokens"]
     long_name: str
     needs: tuple[Literal["answer", "wrong"], ...]
     linear: bool
     per_token: bool = False
+    relative: bool = False
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -61,6 +67,21 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 linear=False,
             ),
             Metric(
+                name="rank",
+                units="tokens",
+                long_name="number of tokens with a larger logit than the answer",
+                needs=("answer",),
+                linear=False,
+            ),
+            Metric(
+                name="kl",
+                units="nats",
+                long_name="KL divergence from the clean run's distribution",
+                needs=(),
+                linear=False,
+                relative=True,
+            ),
+            Metric(
                 name="loss",
                 units="nats",
                 long_name="minus log-probability of the prompt's next token",
@@ -71,6 +92,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         )
     }
 )
+
+
+NO_METRIC = Metric(name="none", units="logits", long_name="nothing is measured", needs=(), linear=True)
+"""For analyses that look at no answer."""
 
 
 def get_metric(name: str) -> Metric:
@@ -135,10 +160,12 @@ def evaluate(
     wrong: Int[Tensor, "batch k2"] | None,
     *,
     softcap: float | None = None,
+    clean: Float[Tensor, "batch d_model"] | None = None,
 ) -> Float[Tensor, "variant batch"]:
-    """Returns a metric that needs an answer, for rows of normalised final residuals.
+    """Returns a metric that has one value per prompt, for rows of normalised final residuals.
 
-    Memory: nothing of size ``d_vocab`` per row; ``logprob`` goes through vocabulary tiles.
+    ``clean`` is the clean run's residual, which ``relative`` metrics compare with. Memory: nothing of size ``d_vocab``
+    per row; all but linear metrics go through vocabulary tiles.
     """
     if metric.linear and softcap is not None:
         value = _mean_logit(x, W_U, b_U, answer, softcap)
@@ -150,9 +177,50 @@ def evaluate(
         wide = torch.promote_types(x.dtype, u.dtype)
         return torch.einsum("vbd,bd->vb", x.to(wide), u.to(wide)) + c
     rows = x.flatten(0, 1)
-    scored = linear_logprob(rows, W_U, answer.repeat(x.shape[0], 1), b_U, softcap=softcap)
-    total = torch.logsumexp(scored.target_logit.nan_to_num(nan=-torch.inf), dim=-1) - scored.logsumexp
-    return total.view(x.shape[:2])
+    targets = answer if "answer" in metric.needs else answer[:, :0]
+    scored = linear_cross_entropy(
+        rows,
+        W_U,
+        targets.repeat(x.shape[0], 1),
+        b_U,
+        softcap=softcap,
+        rank=metric.name == "rank",
+        kl_from=clean.repeat(x.shape[0], 1) if metric.relative and clean is not None else None,
+    )
+    value = from_target_logits(
+        metric, scored.target_logit, targets.shape[1], logsumexp=scored.logsumexp, rank=scored.rank, kl=scored.kl
+    )
+    return value.view(x.shape[:2])
+
+
+def from_target_logits(
+    metric: Metric,
+    target_logit: Float[Tensor, "*rows k"],
+    n_answers: int,
+    *,
+    logsumexp: Float[Tensor, "*rows"] | None = None,
+    rank: Int[Tensor, "*rows k"] | None = None,
+    kl: Float[Tensor, "*rows"] | None = None,
+) -> Float[Tensor, "*rows"]:
+    """Returns a metric, given the logits of the answers (the first ``n_answers``) and of the wrong answers behind them.
+
+    NaN stands where there are fewer; ``logsumexp``, ``rank`` and ``kl`` are for the metrics that need them.
+    """
+    if metric.name == "kl":
+        assert kl is not None
+        return kl
+    if metric.name == "rank":
+        assert rank is not None
+        # -1 pads several answers: the best of them counts.
+        return rank.masked_fill(rank < 0, torch.iinfo(rank.dtype).max).amin(-1).to(target_logit.dtype)
+    answers = target_logit[..., :n_answers]
+    if metric.linear:
+        value = answers.nanmean(-1)
+        return value - target_logit[..., n_answers:].nanmean(-1) if "wrong" in metric.needs else value
+    assert logsumexp is not None
+    if metric.per_token:
+        return logsumexp - answers[..., 0]
+    return torch.logsumexp(answers.nan_to_num(nan=-torch.inf), dim=-1) - logsumexp
 
 
 def evaluate_loss(
@@ -171,6 +239,6 @@ def evaluate_loss(
     loss = x.new_full(x.shape[:3], torch.nan, dtype=torch.promote_types(x.dtype, torch.float32))
     target = tokens.roll(-1, dims=1)[scored]
     rows = x[:, scored]
-    result = linear_logprob(rows.flatten(0, 1), W_U, target.repeat(x.shape[0])[:, None], b_U, softcap=softcap)
+    result = linear_cross_entropy(rows.flatten(0, 1), W_U, target.repeat(x.shape[0])[:, None], b_U, softcap=softcap)
     loss[:, scored] = (result.logsumexp - result.target_logit[:, 0]).view(x.shape[0], -1)
     return loss

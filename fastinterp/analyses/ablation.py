@@ -12,7 +12,7 @@ from fastinterp.errors import check_choice
 from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
 from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.model import Model
-from fastinterp.model.norms import apply_affine, center, divide
+from fastinterp.model.norms import apply_affine, center, divide, normalize
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import head_variants, run_variants
@@ -45,7 +45,8 @@ def ablate(
     Args:
         units: ``"heads"``: every query head.
         mode: ``"zero"`` replaces ``z`` of the head by 0 at every position; ``b_O`` stays.
-        metric: ``logit_diff``, ``logit``, ``logprob`` at the prompt's last token, or ``loss`` at every token.
+        metric: ``logit_diff``, ``logit``, ``logprob``, ``rank`` or ``kl`` at the prompt's last token, or ``loss`` at
+            every token.
 
     Returns:
         ``{metric}_zero`` (prompt, layer, head), or (prompt, pos, layer, head) for ``loss``, and ``{metric}_clean``
@@ -129,19 +130,19 @@ class Ablation:
             final = forward(spec, model.weights, batch.tokens)
         else:
             final = forward_at(spec, model.weights, batch.tokens, batch.n_tokens, at)
-        clean = self._measure(model, final[None], batch)[0]
+        clean = self._measure(model, final[None], batch, final)[0]
         variants = head_variants(spec)
         effects = clean.new_empty(len(variants), *clean.shape)
         for indices, residuals in run_variants(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at):
             # In slices, so that normalised copies do not double the residuals' memory.
             for part, resid in zip(_slices(indices), residuals.split(SLICE), strict=True):
-                effects[part] = self._measure(model, resid, batch) - clean
+                effects[part] = self._measure(model, resid, batch, final) - clean
         effects = effects.movedim(0, -1).unflatten(-1, (spec.n_layers, spec.n_heads))
         dtype = torch.promote_types(model.dtype, torch.float32)
         return {f"{self.metric.name}_clean": clean.to(dtype), f"{self.metric.name}_{self.mode}": effects.to(dtype)}
 
-    def _measure(self, model: Model, resid: Tensor, batch: Batch) -> Tensor:
-        """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``."""
+    def _measure(self, model: Model, resid: Tensor, batch: Batch, clean: Tensor) -> Tensor:
+        """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``; ``clean`` is the clean run's."""
         weights, softcap = model.weights, model.spec.final_softcap
         if self.metric.linear:
             # One product per variant and prompt: in float64 it costs nothing, and adds no rounding to the effect.
@@ -150,8 +151,9 @@ class Ablation:
         x = apply_affine(divide(center(model.spec.norm, resid), scale), weights.ln_final)
         if self.metric.per_token:
             return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens, softcap=softcap)
-        assert batch.answer is not None
-        return evaluate(self.metric, x, weights.W_U, weights.b_U, batch.answer, batch.wrong, softcap=softcap)
+        answer = batch.answer if batch.answer is not None else batch.tokens[:, :0]
+        unchanged = normalize(model.spec.norm, clean, weights.ln_final) if self.metric.relative else None
+        return evaluate(self.metric, x, weights.W_U, weights.b_U, answer, batch.wrong, softcap=softcap, clean=unchanged)
 
 
 def _slices(indices: list[int]) -> list[list[int]]:

@@ -36,7 +36,7 @@ class Field:
     """One named array of results: its dims and sizes after ``prompt``, its attributes, labels of its dims.
 
     ``coords`` maps a coordinate's name to its dims and values. Where ``pos`` is among the dims, positions beyond a
-    prompt's own tokens are NaN.
+    prompt's own tokens are NaN, or -1 in arrays of integers (token ids).
     """
 
     name: str
@@ -44,6 +44,12 @@ class Field:
     shape: tuple[int, ...]
     attrs: Mapping[str, Any]
     coords: Mapping[str, tuple[tuple[str, ...], Sequence[Any]]] = field(default_factory=dict)
+    dtype: Literal["float32", "int32"] = "float32"
+
+    def empty(self, n_prompts: int) -> np.ndarray:
+        """Returns an array for that many prompts without a value: NaN, or -1 for integers."""
+        missing = np.nan if self.dtype == "float32" else -1
+        return np.full((n_prompts, *self.shape), missing, dtype=self.dtype)
 
 
 @runtime_checkable
@@ -201,9 +207,9 @@ def collect(analysis: Analysis, model: Model, prompts: TokenizedPrompts) -> xr.D
     Memory: the result, in RAM. A scan streams the same arrays to disk instead.
     """
     fields = analysis.fields(model.spec, prompts.max_len)
-    arrays = {f.name: np.full((len(prompts), *f.shape), np.nan, dtype=np.float32) for f in fields}
+    arrays = {f.name: f.empty(len(prompts)) for f in fields}
     if model.dtype == torch.float64:
-        arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+        arrays = {n: array.astype(np.float64) if array.dtype.kind == "f" else array for n, array in arrays.items()}
     for batch in prompts.batches(analysis.tokens_per_batch(model)):
         for name, values in compute_checked(analysis, model, batch).items():
             place(arrays[name], batch.indices, values)
@@ -232,7 +238,7 @@ def compute_checked(analysis: Analysis, model: Model, batch: Batch) -> dict[str,
 
 
 def place(array: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
-    """Writes a batch's values into rows of the whole; axes that are shorter (``pos``) leave NaN behind them."""
-    block = values.detach().cpu().to(torch.float64 if array.dtype == np.float64 else torch.float32).numpy()
+    """Writes a batch's values into rows of the whole; axes that are shorter (``pos``) leave NaN (or -1) behind them."""
+    block = values.detach().cpu().to(getattr(torch, str(array.dtype))).numpy()
     index: tuple[Any, ...] = (rows, *(slice(0, size) for size in block.shape[1:]))
     array[index] = block

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 from fastinterp.analyses.base import Field, Pos, check_pos, collect, final_scale, mask_padding, positions, tokenized
@@ -133,6 +134,7 @@ class LogitLens:
         else:
             final = forward_at(spec, weights, batch.tokens, batch.n_tokens, at, taps=taps)
         last_scale = final_scale(model, final, batch, every_position=at is None)
+        reference = apply_affine(divide(center(spec.norm, final), last_scale), weights.ln_final)
         sites = [taps.values[name, layer] for layer in range(spec.n_layers) for name in names]
         columns = []
         for resid in [*sites, final]:
@@ -145,9 +147,33 @@ class LogitLens:
                     ).squeeze(0)
                 )
                 continue
-            assert batch.answer is not None
-            rows = x[None] if at is not None else x.transpose(0, 1)
-            value = evaluate(self.metric, rows, weights.W_U, weights.b_U, batch.answer, batch.wrong, softcap=softcap)
-            columns.append(value.squeeze(0) if at is not None else value.transpose(0, 1))
+            answer = batch.answer if batch.answer is not None else batch.tokens[:, :0]
+            columns.append(self._at_all(model, x, answer, batch.wrong, reference))
         values = torch.stack(columns, dim=-1)
         return {self.field_name: mask_padding(values, batch) if self._every_position else values}
+
+    def _at_all(
+        self, model: Model, x: Tensor, answer: Tensor, wrong: Tensor | None, reference: Tensor
+    ) -> Float[Tensor, "batch *pos"]:
+        """The metric of ``[batch, d_model]``, or of ``[batch, pos, d_model]`` position by position."""
+        weights, softcap = model.weights, model.spec.final_softcap
+        if x.ndim == 2:
+            return evaluate(
+                self.metric, x[None], weights.W_U, weights.b_U, answer, wrong, softcap=softcap, clean=reference
+            ).squeeze(0)
+        if not self.metric.relative:
+            rows = x.transpose(0, 1)
+            value = evaluate(self.metric, rows, weights.W_U, weights.b_U, answer, wrong, softcap=softcap)
+            return value.transpose(0, 1)
+        # Every position has a clean residual of its own.
+        flat = evaluate(
+            self.metric,
+            x.flatten(0, 1)[None],
+            weights.W_U,
+            weights.b_U,
+            answer.repeat_interleave(x.shape[1], 0),
+            None,
+            softcap=softcap,
+            clean=reference.flatten(0, 1),
+        )
+        return flat.view(x.shape[:2])

@@ -34,7 +34,7 @@ def scan(
     prompts: Annotated[Path, typer.Option(help="Prompts: .txt, .jsonl, .csv or .parquet.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The store to write or resume, such as run.zarr.")],
     analysis: Annotated[str, typer.Option(help=f"Names separated by commas. {ANALYSES}")] = "dla",
-    metric: Annotated[str, typer.Option(help="logit_diff, logit, logprob or loss.")] = "logit_diff",
+    metric: Annotated[str, typer.Option(help="logit_diff, logit, logprob, rank, kl or loss.")] = "logit_diff",
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     ablation_limit: Annotated[int | None, typer.Option(help="Ablation for the first prompts only.")] = None,
     batch_tokens: Annotated[str, typer.Option(help="Tokens per batch, or auto.")] = "auto",

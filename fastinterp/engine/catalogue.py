@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fastinterp.analyses import Ablation, Analysis, DirectLogitAttribution, LogitLens
+from fastinterp.analyses import Ablation, Analysis, DirectLogitAttribution, HeadLogits, LogitLens
 from fastinterp.errors import OptionError, nearest
+from fastinterp.metrics import get_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             make=lambda metric: DirectLogitAttribution(unit="neuron", metric_name=metric),
             description="direct logit attribution of every neuron: direct_effect_neuron (prompt, layer, neuron)",
         ),
+        "head_logits": Entry(
+            make=lambda metric: HeadLogits(),
+            description="the ten tokens that every head raises and lowers most: head_top_token, head_top_logit, "
+            "head_bottom_token, head_bottom_logit (prompt, layer, head, k)",
+        ),
         "lens": Entry(
             make=lambda metric: LogitLens(metric_name=metric),
             description="the metric after every sublayer: <metric>_lens (prompt, site)",
@@ -56,6 +62,7 @@ def choose_analyses(names: str | Sequence[str], metric: str) -> dict[str, Analys
         MetricError: the metric is unknown or does not fit an analysis.
     """
     listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    get_metric(metric)
     chosen: dict[str, Analysis] = {}
     for name in listed:
         if name not in CATALOGUE:

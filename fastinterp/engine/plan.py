@@ -15,7 +15,6 @@ import fastinterp
 from fastinterp.analyses import Analysis, compute_checked, tokenized
 from fastinterp.engine.catalogue import CATALOGUE, choose_analyses
 from fastinterp.errors import OptionError
-from fastinterp.metrics import get_metric
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet, TokenizedPrompts
 from fastinterp.store import ArraySpec, CoordSpec, StoreSpec, choose_block_size, status_array
@@ -106,12 +105,13 @@ def plan(
     prompt_set = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
     if limit is not None:
         prompt_set = prompt_set.head(min(limit, len(prompt_set)))
+    needed = {column for chosen in analyses.values() for column in chosen.metric.needs}
     tokens = prompt_set.tokenize(
         model,
         prepend_bos=prepend_bos,
         answer_token=answer_token,
         bad_prompts=bad_prompts,
-        require=get_metric(metric).needs,
+        require=tuple(column for column in ("answer", "wrong") if column in needed),
     )
     for chosen in analyses.values():
         tokens = tokenized(model, tokens, chosen.metric)
@@ -177,7 +177,7 @@ def _store_spec(
             attrs = dict(field.attrs) | {"n_prompts_computed": task.n_prompts}
             dims = ("prompt", *field.dims)
             arrays.append(
-                ArraySpec(name=field.name, dims=dims, shape=shape, dtype="float32", attrs=attrs, kind="result")
+                ArraySpec(name=field.name, dims=dims, shape=shape, dtype=field.dtype, attrs=attrs, kind="result")
             )
             for name, (coord_dims, values) in field.coords.items():
                 coords[name] = CoordSpec(name=name, dims=coord_dims, values=values)

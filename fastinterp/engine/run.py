@@ -40,7 +40,7 @@ def scan(
         prompts: a prompt set, or the path of a ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file.
         out: path of the store (``run.zarr``); journal and lock lie beside it, in ``run.zarr.d``.
         analysis: names from ``fastinterp.engine.CATALOGUE``, as a list or separated by commas.
-        metric: ``logit_diff``, ``logit``, ``logprob`` or ``loss``, for every analysis.
+        metric: ``logit_diff``, ``logit``, ``logprob``, ``rank``, ``kl`` or ``loss``, for every analysis.
         limit: only the first prompts.
         ablation_limit: ablation for the first prompts only; its arrays are NaN for the others.
         batch_tokens: tokens per batch, or ``"auto"``; it changes speed and memory, and numbers at rounding level only.
@@ -116,7 +116,7 @@ def compute_block(model: Model, planned: Plan, block: int, advance: Callable[[fl
     arrays = prompt_arrays(planned, rows)
     for array in planned.store.arrays:
         if array.kind == "result":
-            arrays[array.name] = np.full((len(rows), *array.shape[1:]), np.nan, dtype=np.float32)
+            arrays[array.name] = np.full((len(rows), *array.shape[1:]), array.fill_value, dtype=array.dtype)
     costs = {
         name: task.analysis.cost(model.spec, int(tokens.n_tokens[rows[rows < task.n_prompts]].sum()))
         for name, task in planned.tasks.items()

@@ -160,6 +160,10 @@ class Surface:
         """Moves the model to the CPU."""
         return self.to("cpu")
 
+    def __repr__(self) -> str:
+        """Says which model it wraps."""
+        return f"HookedTransformer({self.model!r})"
+
     # Text ---------------------------------------------------------------------------------------------------------
 
     def to_tokens(

@@ -45,6 +45,11 @@ class Run:
     resid: Float[Tensor, "batch pos d_model"]
     values: Mapping[tuple[str, int | None], Tensor]
 
+    def __repr__(self) -> str:
+        """Says which activations were captured."""
+        captured = ", ".join(sorted({name for name, _ in self.values})) or "nothing"
+        return f"Run({self.resid.shape[0]} sequences of {self.resid.shape[1]} tokens, captured: {captured})"
+
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         """Returns ``run["z", 9]``, or ``run["embed"]`` for activations outside of the blocks; negative layers count."""
         name, layer = (key, None) if isinstance(key, str) else key
@@ -78,6 +83,14 @@ class Model:
     weights: Weights
     tokenizer: Any | None
     origin: Origin
+
+    def __repr__(self) -> str:
+        """Says what it is; the weights would fill pages."""
+        spec, dtype = self.spec, str(self.dtype).removeprefix("torch.")
+        return (
+            f"Model({spec.family}, {spec.n_layers} layers, {spec.n_heads} heads, d_model {spec.d_model}, d_vocab "
+            f"{spec.d_vocab}, {dtype} on {self.device}, from {self.origin.source!r})"
+        )
 
     @property
     def device(self) -> torch.device:

@@ -217,8 +217,10 @@ def check_targets(targets: Tensor, n_rows: int, d_vocab: int) -> None:
         raise ValueError(f"targets has {targets.shape[0]} rows and x has {n_rows}; expected the same number.")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets has dtype {targets.dtype}; expected token ids. Type targets.long().")
-    if targets.numel() and bool(((targets < IGNORED) | (targets >= d_vocab)).any()):
-        low, high = int(targets.min()), int(targets.max())
+    if not targets.numel():
+        return
+    low, high = torch.stack(torch.aminmax(targets)).tolist()
+    if low < IGNORED or high >= d_vocab:
         raise ValueError(
             f"targets lie between {low} and {high}; expected 0 to d_vocab - 1 = {d_vocab - 1}, or "
             f"{IGNORED} for a target to ignore. Where another value marks what to ignore (-100, say), type "

@@ -114,7 +114,7 @@ def test_ablation_with_the_weights_of_the_checkpoint(zoo, name, token_prompts, p
             assert np.abs(got - (ablated - clean)).max() < EXACT, (layer, head)
 
 
-@pytest.mark.parametrize("metric", ["logit_diff", "loss"])
+@pytest.mark.parametrize("metric", ["logit_diff", "logprob", "loss"])
 def test_prompts_of_other_lengths_change_nothing(zoo, name, token_prompts, metric):
     model = zoo.model(name)
     together = ablate(model, PromptSet.of(token_prompts, **SEVERAL), metric=metric)

@@ -1,0 +1,258 @@
+"""Direct effects: the metric if a head did not write to the logits itself, for every head at once."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastinterp.analyses.base import Field, Pos, check_pos, collect, tokenized
+from fastinterp.analyses.heads import Heads, choose_heads, heads_dims
+from fastinterp.analyses.written import Written, heads_write
+from fastinterp.errors import MetricError, check_choice
+from fastinterp.metrics import Metric, from_target_logits, get_metric
+from fastinterp.model.forward import forward
+from fastinterp.model.intervene import Taps
+from fastinterp.model.model import Model
+from fastinterp.model.spec import ModelSpec
+from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
+from fastinterp_kernels.direct_effect_loss import direct_effect_loss
+from fastinterp_kernels.head_logits import head_gather
+from fastinterp_kernels.linear_cross_entropy import linear_cross_entropy
+
+Mode = Literal["zero", "mean"]
+
+
+def direct_effect(
+    model: Model,
+    prompts: PromptSet | TokenizedPrompts,
+    heads: Heads = "all",
+    mode: Mode = "zero",
+    metric: str = "loss",
+    pos: Pos = -1,
+    reference: PromptSet | TokenizedPrompts | None = None,
+) -> xr.Dataset:
+    """Returns the effect of taking away what each head writes to the logits directly, and the clean metric.
+
+    ``effect = metric(logits - (z_h - r_h) W_O[h] W_U / s) - metric(clean logits)`` with the final norm's scale ``s``
+    frozen at the clean run (a post-norm's likewise) and ``r`` zero or the head's mean: negative means that the head
+    helps a metric that is better when larger (for ``loss``: positive means that it helps). Later layers see the head
+    as it was: that is what :func:`ablate` adds. Equivalent to subtracting a head's ``apply_ln_to_stack`` result, times
+    ``W_U``, from the logits, for every head; one pass over the vocabulary for all of them.
+
+    Args:
+        heads: ``"all"`` gives dims ``layer, head``; a list of ``(layer, head)`` a dim ``unit`` in that order.
+        mode: ``"zero"``, or ``"mean"``: the mean of ``z`` over all tokens of ``reference`` stands in its place.
+        metric: any metric; ``"loss"`` gives a value at every position that has a next token, whatever ``pos`` is.
+        pos: position (negatives count from the prompt's own end) or ``"all"``, which adds a dim ``pos`` after prompt.
+        reference: prompts of the mean; by default ``prompts`` themselves.
+
+    Returns:
+        ``{metric}_{mode}_direct`` (prompt, (pos), layer, head) and ``{metric}_clean`` (prompt, (pos)).
+
+    Raises:
+        AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
+        SiteRangeError: a head that the model does not have, or ``pos`` outside of a prompt.
+        OptionError, MetricError: modes, heads and metrics that there are not.
+
+    Memory: ``z`` at the tokens that are looked at, the result, and 64 MB at most; no logits.
+    Source: McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
+
+    Example:
+        >>> effect = fastinterp.direct_effect(model, prompts, heads=[(10, 7)], mode="mean")    # doctest: +SKIP
+        >>> effect["loss_mean_direct"].mean(["prompt", "pos"])                                 # doctest: +SKIP
+    """
+    analysis = DirectEffect(heads=heads, mode=mode, metric_name=metric, pos=pos)
+    tokens = tokenized(model, prompts, analysis.metric)
+    choose_heads(model.spec, heads)
+    if mode == "mean":
+        known = tokens if reference is None else tokenized(model, reference, _NEEDS_NOTHING)
+        analysis = DirectEffect(
+            heads=heads, mode=mode, metric_name=metric, pos=pos, means=mean_z(model, known, analysis.tokens_per_batch)
+        )
+    return collect(analysis, model, tokens)
+
+
+_NEEDS_NOTHING = get_metric("loss")
+
+
+@torch.no_grad()
+def mean_z(model: Model, prompts: TokenizedPrompts, tokens_per_batch: object) -> list[Float[Tensor, "head d_head"]]:
+    """Returns the mean of ``z`` of every head over all real tokens, one tensor for each layer, summed in float64."""
+    spec = model.spec
+    budget = tokens_per_batch(model) if callable(tokens_per_batch) else 2048
+    total = [torch.zeros(spec.n_heads, spec.attention.d_head, dtype=torch.float64) for _ in range(spec.n_layers)]
+    count = 0
+    for batch in prompts.batches(budget):
+        batch = batch.to(model.device)
+        taps = Taps.of(spec.n_layers, capture=["z"])
+        forward(spec, model.weights, batch.tokens, taps=taps)
+        for layer in range(spec.n_layers):
+            total[layer] += taps.values["z", layer][batch.mask].double().sum(0).cpu()
+        count += int(batch.mask.sum())
+    wide = torch.promote_types(model.dtype, torch.float32)
+    return [(each / count).to(device=model.device, dtype=wide) for each in total]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectEffect:
+    """The analysis behind :func:`direct_effect`, for one batch; ``means`` is what ``mode="mean"`` puts in place."""
+
+    heads: Heads = "all"
+    mode: Mode = "zero"
+    metric_name: str = "loss"
+    pos: Pos = -1
+    means: list[Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuses modes, metrics and positions that there are not."""
+        check_choice("mode", self.mode, ("zero", "mean"))
+        check_pos(self.pos)
+        if self.metric.per_token and self.pos not in (-1, "all"):
+            raise MetricError(f"metric {self.metric_name!r} has a value at every position: leave out pos={self.pos}")
+
+    @property
+    def metric(self) -> Metric:
+        """What the effect is an effect on."""
+        return get_metric(self.metric_name)
+
+    @property
+    def _every_position(self) -> bool:
+        return self.metric.per_token or self.pos == "all"
+
+    def tokens_per_batch(self, model: Model) -> int:
+        """Heads' weights are multiplied with the unembedding once per batch, so batches are large."""
+        return 2048 if model.device.type == "cpu" else 1 << 14
+
+    def cost(self, spec: ModelSpec, n_tokens: int) -> float:
+        """One forward, and the vocabulary once per head where the metric needs all of it."""
+        rows = 0.0 if self.metric.linear else n_tokens if self._every_position else n_tokens / 16
+        heads = spec.n_layers * spec.n_heads * spec.attention.d_head
+        return float(
+            n_tokens * spec.n_layers * spec.flops_per_token_block() + rows * 2 * spec.d_vocab * (spec.d_model + heads)
+        )
+
+    def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
+        """The effects, and the clean metric."""
+        dims, shape, coords = heads_dims(spec, self.heads)
+        pos_dims, pos_shape = (("pos",), (n_pos,)) if self._every_position else ((), ())
+        attrs = {
+            "units": self.metric.units,
+            "metric": self.metric.name,
+            "pos": "all" if self._every_position else str(self.pos),
+        }
+        clean = Field(
+            name=f"{self.metric.name}_clean",
+            dims=pos_dims,
+            shape=pos_shape,
+            attrs=attrs | {"long_name": self.metric.long_name, "sign": "the value itself, not an effect"},
+        )
+        effect = Field(
+            name=f"{self.metric.name}_{self.mode}_direct",
+            dims=(*pos_dims, *dims),
+            shape=(*pos_shape, *shape),
+            attrs=attrs
+            | {
+                "long_name": f"direct effect of {self.mode} ablation on {self.metric.name}",
+                "sign": "ablated - clean",
+                "final_norm_scale": "frozen at the clean run",
+            },
+            coords=coords,
+        )
+        return clean, effect
+
+    @torch.no_grad()
+    def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Returns ``{metric_clean: [batch, (pos)], metric_mode_direct: [batch, (pos), layer, head]}``."""
+        where: Pos = "all" if self._every_position else self.pos
+        written = heads_write(model, batch, where, scored_only=self.metric.per_token)
+        chosen = choose_heads(model.spec, self.heads)
+        z, W_O = chosen.of(written.z, axis=1), chosen.of(written.W_O, axis=0)
+        replacement = None
+        if self.mode == "mean":
+            assert self.means is not None
+            replacement = chosen.of(self._scaled_means(written), axis=1)
+        targets = self._targets(batch, written)
+        evaluate = self._linear if self.metric.linear else self._full
+        clean, ablated = evaluate(model, written, z, W_O, replacement, targets, batch)
+        effect = chosen.shaped(ablated - clean[:, None])
+        name, every = self.metric.name, self._every_position
+        return {
+            f"{name}_clean": written.spread(clean, batch, every_position=every),
+            f"{name}_{self.mode}_direct": written.spread(effect, batch, every_position=every),
+        }
+
+    def _targets(self, batch: Batch, written: Written) -> Int[Tensor, "row k"]:
+        """The tokens whose logits the metric reads: next tokens, or answers and then wrong answers; -1 pads."""
+        if self.metric.per_token:
+            return batch.tokens[written.prompt, written.pos + 1][:, None]
+        columns = [batch.answer, batch.wrong][: len(self.metric.needs)]
+        given = [column[written.prompt] for column in columns if column is not None]
+        return torch.cat(given, dim=-1) if given else batch.tokens[written.prompt, :0]
+
+    def _scaled_means(self, written: Written) -> list[Tensor]:
+        assert self.means is not None
+        return [mean[None] / divisor[..., None] for mean, divisor in zip(self.means, written.divisor, strict=True)]
+
+    def _linear(
+        self,
+        model: Model,
+        written: Written,
+        z: list[Tensor],
+        W_O: list[Tensor],
+        replacement: list[Tensor] | None,
+        targets: Tensor,
+        batch: Batch,
+    ) -> tuple[Tensor, Tensor]:
+        """Metrics of single logits: a product with their columns of ``W_U``, and nothing of the vocabulary's size."""
+        W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
+        removed = z if replacement is None else [a - b for a, b in zip(z, replacement, strict=True)]
+        clean_logits, ablated_logits = [], []
+        for column in targets.unbind(-1):
+            direction = W_U[:, column.clamp(min=0)].t().to(written.x.dtype)
+            raw = (written.x * direction).sum(-1)
+            raw = raw if b_U is None else raw + b_U[column.clamp(min=0)]
+            without = raw[:, None] - head_gather(removed, W_O, direction, per_row=True)
+            capped = [x if softcap is None else softcap * torch.tanh(x / softcap) for x in (raw, without)]
+            absent = column < 0
+            clean_logits.append(capped[0].masked_fill(absent, torch.nan))
+            ablated_logits.append(capped[1].masked_fill(absent[:, None], torch.nan))
+        assert batch.answer is not None
+        n_answers = batch.answer.shape[1]
+        return (
+            from_target_logits(self.metric, torch.stack(clean_logits, -1), n_answers),
+            from_target_logits(self.metric, torch.stack(ablated_logits, -1), n_answers),
+        )
+
+    def _full(
+        self,
+        model: Model,
+        written: Written,
+        z: list[Tensor],
+        W_O: list[Tensor],
+        replacement: list[Tensor] | None,
+        targets: Tensor,
+        batch: Batch,
+    ) -> tuple[Tensor, Tensor]:
+        """Metrics of all logits: one pass over the vocabulary for all heads, one for the clean run."""
+        W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
+        rank, kl = self.metric.name == "rank", self.metric.name == "kl"
+        before = linear_cross_entropy(written.x, W_U, targets, b_U, softcap=softcap, rank=rank)
+        after = direct_effect_loss(
+            written.x, z, W_O, W_U, targets, b_U, replacement=replacement, softcap=softcap, kl=kl, rank=rank
+        )
+        n_answers = targets.shape[1]
+        clean = from_target_logits(
+            self.metric,
+            before.target_logit,
+            n_answers,
+            logsumexp=before.logsumexp,
+            rank=before.rank,
+            kl=torch.zeros_like(before.logsumexp),
+        )
+        ablated = from_target_logits(
+            self.metric, after.target_logit, n_answers, logsumexp=after.logsumexp, rank=after.rank, kl=after.kl
+        )
+        return clean, ablated
