@@ -28,6 +28,7 @@ _VECTOR_BYTES = 4 * 2**20
 _MAX_ROWS = 512
 _MAX_TILE_COLUMNS = 8192
 _BUILD_COLUMNS = 512
+_DIAGONAL = 256  # rows of a product of which the diagonal is wanted
 
 
 class Weights(NamedTuple):
@@ -96,15 +97,25 @@ class BlockedEngine(Engine):
         x: Float[Tensor, "head row d"],
         weights: list[Weights],
         targets: Int[Tensor, "head row m"] | None,
-        target_logit: Float[Tensor, "head row m"] | None,
+        thresholds: Float[Tensor, "head row m"] | None,
     ) -> HeadLogits:
         found = []
         for head, weight in enumerate(weights):
             rank = None
-            if targets is not None and target_logit is not None:
-                rank = _Rank(targets[head], target_logit[head])
-            found.append(_OneHead(self, x[head], weight, rank).run())
+            if targets is not None and thresholds is not None:
+                rank = _Rank(targets[head], thresholds[head])
+            found.append(_OneHead(self, x[head], weight).run(rank))
         return HeadLogits(*(None if each[0] is None else torch.stack(each) for each in zip(*found)))
+
+    def diagonal(self, x: Float[Tensor, "head row d"], weights: list[Weights]) -> Float[Tensor, "head row"]:
+        out = torch.empty(x.shape[:2], dtype=self.dtype, device=self.device)
+        for values, vectors, weight in zip(out, x, weights):
+            one = _OneHead(self, vectors, weight)
+            for first in range(0, len(values), _DIAGONAL):
+                some = slice(first, min(first + _DIAGONAL, len(values)))
+                product = torch.empty((some.stop - first, some.stop - first), dtype=self.dtype, device=self.device)
+                values[some] = one.logits(some, product, some).diagonal()
+        return out
 
     def buffer(self, name: str, n_rows: int, n_columns: int) -> Tensor:
         """Memory that the next block uses again: fresh pages would cost as much as the products."""
@@ -162,15 +173,11 @@ def _extremes(
 
 
 class _Rank:
-    """Counts logits above those of the targets; a target's own column does not count.
+    """Counts logits above thresholds; a target's own column never does, should its logit differ by rounding."""
 
-    Its logit comes from another order of summation than ``target_logit`` and may differ in the last digit.
-    """
-
-    def __init__(self, targets: Int[Tensor, "row m"], target_logit: Float[Tensor, "row m"]) -> None:
-        self.target_logit = target_logit
-        self._thresholds = target_logit.T.contiguous()
-        self.count = torch.zeros(target_logit.shape, dtype=torch.int64, device=target_logit.device)
+    def __init__(self, targets: Int[Tensor, "row m"], thresholds: Float[Tensor, "row m"]) -> None:
+        self.count = torch.zeros(thresholds.shape, dtype=torch.int64, device=thresholds.device)
+        self._thresholds = thresholds.T.contiguous()
         rows, places = (targets != IGNORED).nonzero(as_tuple=True)
         self._columns, order = targets[rows, places].sort()
         self._rows, self._places = rows[order], places[order]
@@ -184,14 +191,14 @@ class _Rank:
         rows, places = self._rows[own], self._places[own]
         if len(rows):
             value = logits[self._columns[own] - first, rows]
-            self.count[rows, places] -= (value > self.target_logit[rows, places]).long()
+            self.count[rows, places] -= (value > self._thresholds[places, rows]).long()
 
 
 class _OneHead:
     """What is wanted of ``x @ W``, in one or two passes over tiles of it."""
 
-    def __init__(self, engine: BlockedEngine, x: Float[Tensor, "row d"], weights: Weights, rank: _Rank | None) -> None:
-        self.engine, self.wanted, self.weights, self.rank = engine, engine.wanted, weights, rank
+    def __init__(self, engine: BlockedEngine, x: Float[Tensor, "row d"], weights: Weights) -> None:
+        self.engine, self.wanted, self.weights = engine, engine.wanted, weights
         self.n_rows, self.n_columns = x.shape[0], weights.W.shape[1]
         self.x_parts = operand_parts(x, engine.precision, engine.dtype)
         self.columns_of_x = tuple(part.T.contiguous() for part in self.x_parts)
@@ -199,19 +206,19 @@ class _OneHead:
         # Logits of W_U itself are dear: they are kept for the second pass of top-k, others are computed again.
         self.keep = self.wanted.k > 0 and weights.groups is None
 
-    def run(self) -> HeadLogits:
+    def run(self, rank: _Rank | None) -> HeadLogits:
         total = torch.zeros(self.n_rows, dtype=self.engine.dtype, device=self.engine.device)
         for columns, logits, scratch, extremes in self.engine.tiles(self.n_rows, self.n_columns, self.keep):
-            self._logits(columns, logits)
+            self.logits(columns, logits)
             for reduce, values, axis, out in extremes:
                 reduce(values, axis, out=out)
-            if self.rank is not None:
-                self.rank.add(columns.start, logits, scratch)
+            if rank is not None:
+                rank.add(columns.start, logits, scratch)
             if self.wanted.logsumexp:
                 total += torch.exp(logits, out=scratch if self.keep else logits).sum(0)
         found = HeadLogits(
             logsumexp=self._logsumexp(total) if self.wanted.logsumexp else None,
-            rank=None if self.rank is None else self.rank.count,
+            rank=None if rank is None else rank.count,
         )
         if self.wanted.k:
             found = found._replace(**dict(zip(("top_values", "top_ids"), self._topk("largest"))))
@@ -219,8 +226,8 @@ class _OneHead:
                 found = found._replace(**dict(zip(("bottom_values", "bottom_ids"), self._topk("smallest"))))
         return found
 
-    def _logits(
-        self, columns: slice, out: Float[Tensor, "column row"], rows: Int[Tensor, " some"] | None = None
+    def logits(
+        self, columns: slice, out: Float[Tensor, "column row"], rows: Int[Tensor, " some"] | slice | None = None
     ) -> Float[Tensor, "column row"]:
         """Fill ``out`` with the logits of these columns, of all rows or some."""
         x = self.columns_of_x if rows is None else tuple(part[:, rows] for part in self.columns_of_x)
@@ -238,7 +245,7 @@ class _OneHead:
             return out
         tiles = [t.columns for t in self.engine.tiles(self.n_rows, self.n_columns, self.keep)]
         buffer = self.engine.buffer("tile", tiles[0].stop, len(rows))
-        twice = (self._logits(columns, buffer[: columns.stop - columns.start], rows) for columns in tiles * 2)
+        twice = (self.logits(columns, buffer[: columns.stop - columns.start], rows) for columns in tiles * 2)
         shift = finite_or_zero(torch.stack([logits.amax(0) for logits in itertools.islice(twice, len(tiles))]).amax(0))
         sums = torch.stack([logits.sub_(shift).exp_().sum(0) for logits in twice])
         out[rows] = sums.sum(0).log_().add_(shift)

@@ -23,6 +23,8 @@ from fastinterp_kernels.head_logits.reference import HeadLogits, Wanted
 COLUMN_MULTIPLE = 1024
 """A slab of the vocabulary starts at a multiple of this, which keeps the alignment of W_U."""
 
+_THRESHOLD_ROWS = 512
+
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -66,13 +68,17 @@ class Engine(ABC):
         x: Float[Tensor, "head row d"],
         weights: Any,
         targets: Int[Tensor, "head row m"] | None,
-        target_logit: Float[Tensor, "head row m"] | None,
+        thresholds: Float[Tensor, "head row m"] | None,
     ) -> HeadLogits:
-        """What is wanted of ``x[h] @ weights[h]``, with fields ``[head, row, ..]``.
+        """What is wanted of ``x[h] @ weights[h]``, with fields ``[head, row, ..]``; ``target_logit`` is not returned.
 
-        Ids count from the first column. ``rank`` counts these columns without the target's own, which is the
-        column ``targets`` (-1: none of these). k at most the number of columns. ``target_logit`` is not returned.
+        Ids count from the first column, k is at most the number of columns. ``rank`` counts what is above
+        ``thresholds``, the target's own column aside: that is column ``targets``, -1 for none of these.
         """
+
+    @abstractmethod
+    def diagonal(self, x: Float[Tensor, "head row d"], weights: Any) -> Float[Tensor, "head row"]:
+        """Row i's product with column i, with the sums that :meth:`reduce` forms, so that equal logits stay equal."""
 
 
 def tiled_head_logits(
@@ -154,12 +160,16 @@ class _Job:
         for z, W_O in layers:
             block = self.engine.head_block(z.shape[0], z.shape[2], self.W_U.shape[1])
             for some in _slices(z.shape[1], block.heads):
+                heads = slice(first + some.start, first + some.stop)
+                x = z[:, some].transpose(0, 1)
+                thresholds = self._head_thresholds(x, W_O[some])
                 for columns in _slices(self.W_U.shape[1], block.columns, COLUMN_MULTIPLE):
                     weights = self.engine.head_weights(W_O[some], self.W_U[:, columns])
                     for rows in _slices(z.shape[0], block.rows):
-                        x = z[rows, some].transpose(0, 1).to(self.dtype)
-                        heads = slice(first + some.start, first + some.stop)
-                        self._reduce(x, weights, rows, heads, columns)
+                        targets = self._targets(rows, columns, x.shape[0])
+                        above = None if thresholds is None else thresholds[:, rows]
+                        found = self.engine.reduce(x[:, rows].to(self.dtype), weights, targets, above)
+                        self._merge(found, rows, heads, columns.start)
             first += z.shape[1]
 
     def by_results(self, first: int, layers: Layers) -> None:
@@ -173,36 +183,55 @@ class _Job:
                 self.vectors(torch.stack(results), rows, heads, block.columns)
 
     def vectors(self, x: Float[Tensor, "head row d_model"], rows: slice, heads: slice, n_columns: int) -> None:
-        """Unembed vectors that belong to these rows and heads."""
+        """Unembed vectors that belong to these rows and heads, all with the same weights."""
+        n_heads = x.shape[0]
+        flat = x.flatten(0, 1)[None]
+        thresholds = self._vector_thresholds(flat, rows, n_heads)
         for columns in _slices(self.W_U.shape[1], n_columns, COLUMN_MULTIPLE):
             weights = self.engine.vector_weights(self.W_U[:, columns])
-            self._reduce(x, weights, rows, heads, columns, merge_heads=True)
-
-    def _reduce(
-        self, x: Tensor, weights: Any, rows: slice, heads: slice, columns: slice, merge_heads: bool = False
-    ) -> None:
-        """Reduce one block and merge it with what earlier slabs of the vocabulary gave."""
-        targets = target_logit = None
-        if self.wanted.rank and self.wanted.targets is not None and self.out.target_logit is not None:
-            ids = self.wanted.targets[rows].long()
-            here = (ids >= columns.start) & (ids < columns.stop)
-            targets = (ids - columns.start).masked_fill(~here, IGNORED).expand(x.shape[0], *ids.shape)
-            target_logit = self.out.target_logit[rows, heads].transpose(0, 1)
-        if merge_heads:  # all vectors meet the same weights
+            targets = self._targets(rows, columns, n_heads)
             found = self.engine.reduce(
-                x.flatten(0, 1)[None],
-                weights,
-                None if targets is None else targets.flatten(0, 1)[None],
-                None if target_logit is None else target_logit.flatten(0, 1)[None],
+                flat, weights, None if targets is None else targets.flatten(0, 1)[None], thresholds
             )
-            found = HeadLogits(*(None if t is None else t[0].unflatten(0, x.shape[:2]) for t in found))
-        else:
-            found = self.engine.reduce(x, weights, targets, target_logit)
-        found = HeadLogits(*(None if tensor is None else tensor.transpose(0, 1) for tensor in found))
-        self._merge(found, rows, heads, columns.start)
+            apart = (None if field is None else field[0].unflatten(0, (n_heads, -1)) for field in found)
+            self._merge(HeadLogits(*apart), rows, heads, columns.start)
+
+    def _targets(self, rows: slice, columns: slice, n_heads: int) -> Int[Tensor, "head row m"] | None:
+        """The targets, counted from the first of these columns, -1 for others."""
+        if self.out.rank is None or self.wanted.targets is None:
+            return None
+        ids = self.wanted.targets[rows].long()
+        here = (ids >= columns.start) & (ids < columns.stop)
+        return (ids - columns.start).masked_fill(~here, IGNORED).expand(n_heads, *ids.shape)
+
+    def _head_thresholds(
+        self, x: Float[Tensor, "head row d_head"], W_O: Float[Tensor, "head d_head d_model"]
+    ) -> Float[Tensor, "head row m"] | None:
+        """The logits of the targets as ``reduce`` finds them, for ranks."""
+        if self.out.rank is None or self.wanted.targets is None:
+            return None
+        out = torch.empty((*x.shape[:2], self.wanted.targets.shape[1]), dtype=self.dtype, device=x.device)
+        for rows in _slices(x.shape[1], _THRESHOLD_ROWS):
+            for place, ids in enumerate(self.wanted.targets[rows].clamp_min(0).T):
+                weights = self.engine.head_weights(W_O, self.W_U.T.index_select(0, ids).T)
+                out[:, rows, place] = self.engine.diagonal(x[:, rows].to(self.dtype), weights)
+        return out
+
+    def _vector_thresholds(
+        self, x: Float[Tensor, "1 head_row d_model"], rows: slice, n_heads: int
+    ) -> Float[Tensor, "1 head_row m"] | None:
+        if self.out.rank is None or self.wanted.targets is None:
+            return None
+        out = torch.empty((*x.shape[:2], self.wanted.targets.shape[1]), dtype=self.dtype, device=x.device)
+        for place, ids in enumerate(self.wanted.targets[rows].clamp_min(0).T):
+            columns = self.W_U.T.index_select(0, ids.repeat(n_heads)).T
+            out[..., place] = self.engine.diagonal(x, self.engine.vector_weights(columns))
+        return out
 
     def _merge(self, found: HeadLogits, rows: slice, heads: slice, first_column: int) -> None:
-        so_far = HeadLogits(*(None if tensor is None else tensor[rows, heads] for tensor in self.out))
+        """Take in the fields ``[head, row, ..]`` of one block, after those of earlier columns."""
+        so_far = HeadLogits(*(None if field is None else field[rows, heads] for field in self.out))
+        found = HeadLogits(*(None if field is None else field.transpose(0, 1) for field in found))
         if so_far.rank is not None and found.rank is not None:
             so_far.rank.add_(found.rank)
         if so_far.logsumexp is not None and found.logsumexp is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from fastinterp_kernels.head_logits.topk import best_groups, parent_extremes
 from fastinterp_kernels.head_logits.triton_kernel import (
     GROUP,
     default_tiling,
+    diagonal_kernel,
     group_logits_kernel,
     group_tiling,
     head_logits_kernel,
@@ -118,19 +119,25 @@ class TritonEngine(Engine):
             # An infinite high part has no rest: inf - inf is NaN.
             operand.low[place] = (values - high).masked_fill_(~torch.isfinite(high), 0.0)
 
+    def _prepare(self, x: Float[Tensor, "head row d"]) -> Operand:
+        rows = self._allocate(x.shape[0], x.shape[1], x.shape[2], 1.0)
+        for head, values in enumerate(x):
+            self._store(rows, head, 0, values)
+        return rows
+
     # Reductions
+
+    def diagonal(self, x: Float[Tensor, "head row d"], weights: Operand) -> Float[Tensor, "head row"]:
+        return _Run(self, self._prepare(x), weights).diagonal()
 
     def reduce(
         self,
         x: Float[Tensor, "head row d"],
         weights: Operand,
         targets: Int[Tensor, "head row m"] | None,
-        target_logit: Float[Tensor, "head row m"] | None,
+        thresholds: Float[Tensor, "head row m"] | None,
     ) -> HeadLogits:
-        rows = self._allocate(x.shape[0], x.shape[1], x.shape[2], 1.0)
-        for head, values in enumerate(x):
-            self._store(rows, head, 0, values)
-        run = _Run(self, rows, weights)
+        run = _Run(self, self._prepare(x), weights)
         k = min(self.wanted.k, weights.n)
         extremes = {}
         if k:
@@ -138,13 +145,13 @@ class TritonEngine(Engine):
             if self.wanted.bottom:
                 extremes["minimum"] = run.empty(run.n_groups)
         total = run.empty(run.n_chunks) if self.wanted.logsumexp else None
-        rank = None
-        if targets is None or target_logit is None:
+        if targets is None or thresholds is None or not targets.shape[2]:
             run.launch(**extremes, total=total)
+            rank = None if targets is None else targets
         else:
-            first = run.count(targets[..., :_TARGETS], target_logit[..., :_TARGETS], **extremes, total=total)
+            first = run.count(targets[..., :_TARGETS], thresholds[..., :_TARGETS], **extremes, total=total)
             others = range(_TARGETS, targets.shape[2], _TARGETS)  # the rest of the work is done once
-            parts = [(targets[..., i : i + _TARGETS], target_logit[..., i : i + _TARGETS]) for i in others]
+            parts = [(targets[..., i : i + _TARGETS], thresholds[..., i : i + _TARGETS]) for i in others]
             rank = torch.cat([first, *(run.count(*part) for part in parts)], dim=2)
         out = HeadLogits(rank=rank, logsumexp=None if total is None else run.logsumexp(total))
         if k:
@@ -176,6 +183,34 @@ class _Run:
     def empty(self, n: int) -> Float[Tensor, "head n row"]:
         return torch.empty((self.n_heads, n, self.rows.n), dtype=torch.float32, device=self.rows.high.device)
 
+    def _options(self) -> dict[str, Any]:
+        """How operands are multiplied: the same in every kernel, for the same sums."""
+        tiling = self.tiling
+        return dict(
+            HOIST=self.d == tiling.d,
+            WIDEN=INTERPRETED,  # the interpreter multiplies bfloat16 as raw integers
+            ROUND_TF32=INTERPRETED and self.precision == "tf32",
+            DOT=dot_precision(self.precision),
+            BLOCK_ROW=tiling.row,
+            BLOCK_COLUMN=tiling.column,
+            BLOCK_D=tiling.d,
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+            maxnreg=tiling.max_registers,
+            enable_fp_fusion=True,  # the default of some Triton releases and not of others
+        )
+
+    def diagonal(self) -> Float[Tensor, "head row"]:
+        out = torch.empty((self.n_heads, self.rows.n), dtype=torch.float32, device=self.rows.high.device)
+        square = min(self.tiling.row, self.tiling.column)
+        with launch_device(out):
+            diagonal_kernel[(triton.cdiv(self.rows.n, square), self.n_heads)](
+                self.rows.high, self.rows.low, self.weights.high, self.weights.low, out,
+                self.rows.n, self.d, self.rows.high.stride(0), self.weights.high.stride(0),
+                **(self._options() | {"BLOCK_COLUMN": square}),
+            )  # fmt: skip
+        return out
+
     def launch(
         self,
         *,
@@ -195,30 +230,24 @@ class _Run:
                 targets, thresholds, count,
                 self.rows.n, self.weights.n, self.chunk_columns, self.n_chunks, self.n_groups, self.d,
                 self.rows.high.stride(0), self.weights.high.stride(0),
-                UNIT=self.unit, HOIST=self.d == self.tiling.d,
-                WIDEN=INTERPRETED, ROUND_TF32=INTERPRETED and self.precision == "tf32",
-                DOT=dot_precision(self.precision), N_TARGETS=n_targets, GROUP=GROUP,
-                BLOCK_ROW=self.tiling.row, BLOCK_COLUMN=self.tiling.column, BLOCK_D=self.tiling.d,
-                num_warps=self.tiling.num_warps, num_stages=self.tiling.num_stages,
-                enable_fp_fusion=True,  # the default of some Triton releases and not of others
+                UNIT=self.unit, N_TARGETS=n_targets, GROUP=GROUP, **self._options(),
             )  # fmt: skip
 
     def count(
         self,
         targets: Int[Tensor, "head row m"],
-        target_logit: Float[Tensor, "head row m"],
+        thresholds: Float[Tensor, "head row m"],
         **wanted: Tensor | None,
     ) -> Int[Tensor, "head row m"]:
         """Ranks of up to ``_TARGETS`` targets, and on the way what else is ``wanted``."""
         m = targets.shape[2]
         n = 1 if m == 1 else _TARGETS
         ids = torch.full((self.n_heads, self.rows.n, n), IGNORED, dtype=torch.int32, device=targets.device)
-        thresholds = torch.full(ids.shape, math.nan, dtype=torch.float32, device=targets.device)
-        ids[..., :m] = targets
-        thresholds[..., :m] = target_logit * self.weights.scale
+        above = torch.full(ids.shape, math.nan, dtype=torch.float32, device=targets.device)
+        ids[..., :m], above[..., :m] = targets, thresholds
         shape = (self.n_heads, self.n_chunks, self.rows.n, n)
         count = torch.empty(shape, dtype=torch.int32, device=targets.device)
-        self.launch(**wanted, targets=ids, thresholds=thresholds, count=count)
+        self.launch(**wanted, targets=ids, thresholds=above, count=count)
         return count.sum(1)[..., :m]
 
     def logsumexp(self, total: Float[Tensor, "head chunk row"]) -> Float[Tensor, "head row"]:

@@ -28,6 +28,7 @@ class HeadTiling:
     d: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @triton.jit
@@ -200,6 +201,42 @@ def head_logits_kernel(
 
 
 @triton.jit
+def diagonal_kernel(
+    x_ptr, x_low_ptr, w_ptr, w_low_ptr, out_ptr, n_rows, d, stride_x_head, stride_w_head,
+    HOIST: tl.constexpr, WIDEN: tl.constexpr, ROUND_TF32: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (i, h): products of rows and columns of equal index, summed as in ``head_logits_kernel``.
+
+    The output is ``[head, row]``. BLOCK_COLUMN is at most BLOCK_ROW.
+    """
+    column = tl.program_id(0) * BLOCK_COLUMN
+    head = tl.program_id(1).to(tl.int64)
+    rows = column + tl.arange(0, BLOCK_ROW)
+    read_rows = tl.minimum(rows, n_rows - 1)
+    x_offsets = (read_rows - column)[:, None] * d + tl.arange(0, BLOCK_D)[None, :]
+    x_start = head * stride_x_head + tl.cast(column, tl.int64) * d
+    x_ptr += x_start
+    w_ptr += head * stride_w_head
+    x = None
+    x_low = None
+    if x_low_ptr is not None:
+        x_low_ptr += x_start
+        w_low_ptr += head * stride_w_head
+    if HOIST:
+        x = _load(x_ptr, x_offsets, WIDEN, ROUND_TF32)
+        if x_low_ptr is not None:
+            x_low = _load(x_low_ptr, x_offsets, WIDEN, False)
+    logits = _tile_logits(
+        x_ptr, x_low_ptr, x, x_low, x_offsets, w_ptr, w_low_ptr, column, d,
+        WIDEN, ROUND_TF32, DOT, BLOCK_ROW, BLOCK_COLUMN, BLOCK_D,
+    )  # fmt: skip
+    same = tl.arange(0, BLOCK_ROW)[:, None] == tl.arange(0, BLOCK_COLUMN)[None, :]
+    found = tl.sum(tl.where(same, logits, 0.0), axis=1)
+    tl.store(out_ptr + head * n_rows + rows, found, mask=rows < tl.minimum(n_rows, column + BLOCK_COLUMN))
+
+
+@triton.jit
 def group_logits_kernel(
     x_ptr, x_low_ptr, w_ptr, w_low_ptr, group_ptr, out_ptr,
     n_rows, n_columns, k, d, stride_x_head, stride_w_head, missing,
@@ -247,8 +284,9 @@ def default_tiling(d: int, stored: torch.dtype, n_parts: int, precision: Precisi
         block = 32 if block > 32 else block // 2
     if INTERPRETED:  # every operation of a program costs the same there: few, large tiles
         return HeadTiling(row=256, column=2048, d=block, num_warps=1, num_stages=1)
-    if stored == torch.float32 and precision == "exact":  # on the ordinary cores: longer tiles spill registers
-        return HeadTiling(row=128, column=64, d=16, num_warps=8, num_stages=2)
+    if stored == torch.float32 and precision == "exact":  # on the ordinary cores
+        # The assembler spills a few registers to reach a rounder number of them, unless it is told not to.
+        return HeadTiling(row=128, column=64, d=16, num_warps=8, num_stages=2, max_registers=255)
     return HeadTiling(row=128, column=64, d=block, num_warps=8, num_stages=3)
 
 
