@@ -281,12 +281,7 @@ def test_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_blocked(name: str, poisoned: None, way: str, request: pytest.FixtureRequest) -> None:
-    if (name, way) == ("all_negative", PAIRS):
-        reason = (
-            "every logit near -5000: off by 6e-4, where neighbouring float32 numbers are 5e-4 apart, 4.4e-4 allowed"
-        )
-        request.node.add_marker(pytest.mark.xfail(reason=reason, strict=False))
+def test_blocked(name: str, poisoned: None, way: str) -> None:
     case = CASES[name]()
     found = case.run(backend="blocked")
     assert found.logsumexp.dtype == found.target_logit.dtype == found.kl.dtype == torch.float32

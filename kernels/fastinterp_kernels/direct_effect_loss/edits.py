@@ -270,7 +270,14 @@ def _cross_entropy(
 ) -> LinearCrossEntropy:  # fmt: skip
     if edits.dtype == torch.float64:
         x = x.double()
-    return linear_cross_entropy(
-        x, edits.W_U, targets, edits.b_U,
+    b_U, largest = edits.b_U, None
+    if b_U is not None and edits.softcap is None:
+        # Where all of the bias is large, every logit and their logsumexp would be rounded for it.
+        largest = b_U.to(edits.dtype).masked_fill(~torch.isfinite(b_U), -math.inf).amax()
+        largest = finite_or_zero(largest)
+        b_U = b_U.to(edits.dtype) - largest
+    found = linear_cross_entropy(
+        x, edits.W_U, targets, b_U,
         softcap=edits.softcap, rank=rank, kl_from=kl_from, backend=backend, precision=edits.precision,
     )  # fmt: skip
+    return found if largest is None else found._replace(logsumexp=found.logsumexp + largest)
