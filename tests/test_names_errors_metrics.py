@@ -185,12 +185,13 @@ def test_loss_of_prompts_of_one_token_is_nan_everywhere(made):
 
 
 def test_metrics_describe_themselves():
-    assert list(METRICS) == ["logit_diff", "logit", "logprob", "loss"]
+    assert list(METRICS) == ["logit_diff", "logit", "logprob", "rank", "kl", "loss"]
     for name, metric in METRICS.items():
         assert metric.name == name
-        assert metric.units == ("logits" if name.startswith("logit") else "nats")
+        assert metric.units == ("logits" if name.startswith("logit") else "tokens" if name == "rank" else "nats")
         assert metric.linear == name.startswith("logit")
         assert metric.per_token == (name == "loss")
+        assert metric.relative == (name == "kl")
     assert METRICS["logit_diff"].needs == ("answer", "wrong")
     assert METRICS["loss"].needs == ()
 
@@ -201,5 +202,7 @@ def test_the_table_of_metrics_cannot_be_changed():
 
 
 def test_unknown_metrics_are_refused():
-    with pytest.raises(errors.MetricError, match=r"'logitdiff'.*logit_diff, logit, logprob, loss; did you mean"):
+    with pytest.raises(
+        errors.MetricError, match=r"'logitdiff'.*logit_diff, logit, logprob, rank, kl, loss; did you mean"
+    ):
         get_metric("logitdiff")

@@ -44,9 +44,8 @@ def model(zoo):
 @pytest.mark.parametrize("analysis", ANALYSES)
 @pytest.mark.parametrize(("metric", "suggestion"), [("logit_dif", "'logit_diff'"), ("log_prob", "'logprob'")])
 def test_unknown_metrics(model, prompt_set, analysis, metric, suggestion):
-    expected = (
-        f"there is no metric '{metric}': choose from logit_diff, logit, logprob, loss; did you mean .*{suggestion}"
-    )
+    known = "logit_diff, logit, logprob, rank, kl, loss"
+    expected = f"there is no metric '{metric}': choose from {known}; did you mean .*{suggestion}"
     with pytest.raises(MetricError, match=expected):
         analysis(model, prompt_set, metric=metric)
 

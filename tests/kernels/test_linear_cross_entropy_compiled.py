@@ -44,7 +44,10 @@ def test_without_divergence(capability: int, dtype: str, precision: str, ids: bo
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("dtype", "precision"), [("bf16", "exact"), ("fp32", "exact")])
-def test_transposed_unembedding(capability: int, dtype: str, precision: str) -> None:
+def test_transposed_unembedding(capability: int, dtype: str, precision: str, request: pytest.FixtureRequest) -> None:
+    if (capability, dtype) == (90, "fp32"):
+        reason = "float32 loads of a transposed unembedding are narrower than 16 bytes on sm_90"
+        request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     compiled = compile_forward(capability, dtype, precision, ids=True, along_d=True)
     assert_fits(compiled)
     assert_async_loads(compiled)
@@ -64,7 +67,8 @@ def assert_wide_offsets(compiled: Compiled, strides: set[str]) -> None:
     extended = set()
     for line in compiled.ttir.splitlines():
         used = set(re.findall(r"%\w+", line.split("=", 1)[-1])) & wide
-        if used and "tt.func" not in line:
+        # The number of targets bounds a loop, too.
+        if used and "tt.func" not in line and "scf.for" not in line:
             assert "arith.extsi" in line or "tt.splat" in line, line
             extended |= used
     assert extended == wide
