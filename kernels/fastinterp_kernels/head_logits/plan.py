@@ -202,7 +202,8 @@ class _Job:
             return None
         ids = self.wanted.targets[rows].long()
         here = (ids >= columns.start) & (ids < columns.stop)
-        return (ids - columns.start).masked_fill(~here, IGNORED).expand(n_heads, *ids.shape)
+        targets: Tensor = (ids - columns.start).masked_fill(~here, IGNORED)
+        return targets.expand(n_heads, ids.shape[0], ids.shape[1])
 
     def _head_thresholds(
         self, x: Float[Tensor, "head row d_head"], W_O: Float[Tensor, "head d_head d_model"]
