@@ -29,6 +29,7 @@ _MAX_ROWS = 512
 _MAX_TILE_COLUMNS = 8192
 _BUILD_COLUMNS = 512
 _DIAGONAL = 256  # rows of a product of which the diagonal is wanted
+_ROW_MULTIPLE = 16  # of fewer rows, what a product rounds to can depend on where in a tile a column stands
 
 
 class Weights(NamedTuple):
@@ -65,7 +66,8 @@ class BlockedEngine(Engine):
 
     def vector_block(self, n_vectors: int, d_model: int, d_vocab: int) -> Block:
         rows = max(1, min(n_vectors, _MAX_ROWS, _VECTOR_BYTES // (d_model * self.dtype.itemsize)))
-        return Block(heads=1, rows=rows, columns=self._columns(_KEPT_BYTES // (rows * self.dtype.itemsize), d_vocab))
+        row_bytes = max(rows, _ROW_MULTIPLE) * self.dtype.itemsize
+        return Block(heads=1, rows=rows, columns=self._columns(_KEPT_BYTES // row_bytes, d_vocab))
 
     def _columns(self, at_most: int, d_vocab: int) -> int:
         columns = max(1, at_most // COLUMN_MULTIPLE, -(-2 * self.wanted.k // COLUMN_MULTIPLE)) * COLUMN_MULTIPLE
@@ -99,22 +101,30 @@ class BlockedEngine(Engine):
         targets: Int[Tensor, "head row m"] | None,
         thresholds: Float[Tensor, "head row m"] | None,
     ) -> HeadLogits:
-        found = []
+        n_rows, found = x.shape[1], []
+        if targets is not None and thresholds is not None and n_rows < _ROW_MULTIPLE:  # copies of a token have to tie
+            x, thresholds = _with_rows(x, 0.0), _with_rows(thresholds, 0.0)
+            targets = _with_rows(targets, IGNORED)
         for head, weight in enumerate(weights):
             rank = None
             if targets is not None and thresholds is not None:
                 rank = _Rank(targets[head], thresholds[head])
             found.append(_OneHead(self, x[head], weight).run(rank))
-        return HeadLogits(*(None if each[0] is None else torch.stack(each) for each in zip(*found)))
+        return HeadLogits(*(None if each[0] is None else torch.stack(each)[:, :n_rows] for each in zip(*found)))
 
     def diagonal(self, x: Float[Tensor, "head row d"], weights: list[Weights]) -> Float[Tensor, "head row"]:
         out = torch.empty(x.shape[:2], dtype=self.dtype, device=self.device)
-        for values, vectors, weight in zip(out, x, weights):
+        for values, vectors, weight in zip(out, _with_rows(x, 0.0), weights):
+            if len(values) < _ROW_MULTIPLE:  # columns as rows: not so few that a product of another kind is chosen
+                weight = Weights(weight.W.repeat(1, _ROW_MULTIPLE), None)
             one = _OneHead(self, vectors, weight)
-            for first in range(0, len(values), _DIAGONAL):
-                some = slice(first, min(first + _DIAGONAL, len(values)))
-                product = torch.empty((some.stop - first, some.stop - first), dtype=self.dtype, device=self.device)
-                values[some] = one.logits(some, product, some).diagonal()
+            for first in range(0, len(vectors), _DIAGONAL):
+                first = max(0, min(first, len(values) - _ROW_MULTIPLE))
+                some = slice(first, min(first + _DIAGONAL, max(len(values), _ROW_MULTIPLE)))
+                rows = slice(first, min(first + _DIAGONAL, len(vectors)))
+                shape = (some.stop - some.start, rows.stop - rows.start)
+                product = torch.empty(shape, dtype=self.dtype, device=self.device)
+                values[some] = one.logits(some, product, rows).diagonal()[: len(values) - first]
         return out
 
     def buffer(self, name: str, n_rows: int, n_columns: int) -> Tensor:
@@ -147,6 +157,12 @@ class BlockedEngine(Engine):
                 found.append(_Tile(columns, logits, scratch[:n], steps))
             self._tiles[n_rows, n_columns, keep] = found
         return self._tiles[n_rows, n_columns, keep]
+
+
+def _with_rows(x: Float[Tensor, "head row m"], value: float) -> Float[Tensor, "head padded_row m"]:
+    """More rows, up to a multiple of ``_ROW_MULTIPLE``."""
+    padded: Tensor = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % _ROW_MULTIPLE), value=value)
+    return padded
 
 
 def _extremes(

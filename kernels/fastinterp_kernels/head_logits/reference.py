@@ -101,6 +101,8 @@ def reduce_logits(logits: Float[Tensor, "row head d_vocab"], wanted: Wanted) -> 
         found = logits.gather(2, ids)
         out = out._replace(target_logit=found.masked_fill(ignored, math.nan))
         if wanted.rank:
-            rank = torch.stack([(logits > one[..., None]).sum(-1) for one in found.unbind(-1)], dim=-1)
+            rank = torch.full(found.shape, -1, device=found.device)
+            for place, threshold in enumerate(found.unbind(-1)):
+                rank[..., place] = (logits > threshold[..., None]).sum(-1)
             out = out._replace(rank=rank.masked_fill(ignored, -1))
     return out
