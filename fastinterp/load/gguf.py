@@ -1,6 +1,7 @@
 """GGUF files: metadata and tokenizer by ``transformers``, tensors by ``gguf`` (dequantised), names by both."""
 
 import logging
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,24 @@ def load_gguf(
     """Loads a ``.gguf`` file; quantised tensors are expanded to float, so the numbers are those of the file."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from fastinterp.load.gguf_reader import read_once
+
     # transformers warns that it expands quantised tensors, which is what is wanted here.
     quiet = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError) as error:
+        with read_once(path) as reader:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
         raise ModelSourceError(f"{str(path)!r} cannot be read as a GGUF model: {error}") from error
     finally:
         quiet.setLevel(level)
     return assemble(
         config,
-        read_tensors(path, config),
+        read_tensors(reader, config),
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
@@ -48,7 +52,7 @@ def load_gguf(
     )
 
 
-def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
+def read_tensors(reader: Any, config: Any) -> dict[str, Tensor]:
     """Returns the tensors under their Hugging Face names; a tensor without one is an error."""
     import gguf
     from transformers import AutoModelForCausalLM
@@ -69,7 +73,6 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
             names[f"{name}.{suffix}"] = key
     # llama.cpp stores some matrices permuted; the processors of transformers know which.
     processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())
-    reader = gguf.GGUFReader(path)
     refuse_unknown_fields(
         {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1},
         config.model_type,
