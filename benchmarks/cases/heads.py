@@ -21,7 +21,9 @@ from benchmarks.harness import Array, Baseline, Case, Prepared
 from benchmarks.models import Fixtures, Workload
 from fastinterp.model.spec import ModelSpec
 
-N_PROMPTS = 16
+N_PROMPTS = 128
+"""A job of this kind scans many tokens: the heads' weights are multiplied with the unembedding once for all of them."""
+
 K = 10
 
 

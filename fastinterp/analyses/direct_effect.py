@@ -124,7 +124,7 @@ class DirectEffect:
 
     def tokens_per_batch(self, model: Model) -> int:
         """Heads' weights are multiplied with the unembedding once per batch, so batches are large."""
-        return 2048 if model.device.type == "cpu" else 1 << 14
+        return 1 << 12 if model.device.type == "cpu" else 1 << 14
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
         """One forward, and the vocabulary once per head where the metric needs all of it."""
