@@ -186,6 +186,7 @@ def compile_for(
     divisible: Iterable[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    max_registers: int | None = None,
 ) -> Compiled:
     """``kernel`` compiled for ``sm_{capability}`` as a launch with such arguments would compile it.
 
@@ -208,7 +209,9 @@ def compile_for(
         constexprs={(names.index(n),): value for n, value in constexprs.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in by_16},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, "maxnreg": max_registers,
+    }  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, local_bytes = _resource_usage(compiled.asm["cubin"])
     return Compiled(
