@@ -17,7 +17,9 @@ _PUBLIC = {
     "Capture": "fastinterp.model",
     "Edit": "fastinterp.model",
     "ActivationCache": "fastinterp.hooked",
+    "FactoredMatrix": "fastinterp.hooked",
     "FastinterpError": "fastinterp.errors",
+    "HookPoint": "fastinterp.hooked",
     "HookedTransformer": "fastinterp.hooked",
     "METRICS": "fastinterp.metrics",
     "Model": "fastinterp.model.model",
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from fastinterp.engine import describe, open, scan
     from fastinterp.engine.plan import plan
     from fastinterp.errors import FastinterpError
-    from fastinterp.hooked import ActivationCache, HookedTransformer, utils
+    from fastinterp.hooked import ActivationCache, FactoredMatrix, HookedTransformer, HookPoint, utils
     from fastinterp.load import load
     from fastinterp.metrics import METRICS
     from fastinterp.model import Capture, Edit
@@ -66,7 +68,9 @@ __all__ = [
     "ActivationCache",
     "Capture",
     "Edit",
+    "FactoredMatrix",
     "FastinterpError",
+    "HookPoint",
     "HookedTransformer",
     "Model",
     "ModelSpec",

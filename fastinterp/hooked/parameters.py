@@ -1,17 +1,12 @@
 """A model's parameters and settings under the attributes that TransformerLens gives them."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from fastinterp.hooked.hooks import HookPoints
-from fastinterp.model.attention import affine
 from fastinterp.model.model import Model
-from fastinterp.model.norms import normalize
 from fastinterp.model.weights import BlockWeights, NormWeights
 
 ACT_FN = {"gelu": "gelu", "gelu_tanh": "gelu_new", "gelu_quick": "quick_gelu", "relu": "relu", "silu": "silu"}
@@ -105,81 +100,44 @@ def parameter(model: Model, block: BlockWeights, name: str) -> Tensor:
     return block.W_O.new_zeros(shapes[name])
 
 
-class Part:
-    """A part of the model by its path, such as ``blocks.0.attn``: its parameters, hook points and parts."""
+def named(model: Model, *, complete: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters under TransformerLens's names, views where they are stored fused.
 
-    def __init__(self, path: str, points: HookPoints, parameters: Callable[[str], Tensor] | None = None) -> None:
-        self._path, self._points, self._parameters = path, points, parameters
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        path = f"{self._path}.{name}"
-        if path in self._points.by_name:
-            return self._points.by_name[path]
-        if name.startswith(("W_", "b_")) and self._parameters is not None:
-            return self._parameters(name)
-        if any(known.startswith(path + ".") for known in self._points.by_name):
-            return Part(path, self._points, self._parameters)
-        raise AttributeError(f"{self._path} has no {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_"):
-            raise AttributeError(
-                f"{self._path}.{name} cannot be set: replace activations with hooks, or change the parameter in place"
-            )
-        super().__setattr__(name, value)
-
-    def __repr__(self) -> str:
-        return f"<{self._path}>"
-
-
-class Table:
-    """An embedding as a part of the model: it has one parameter."""
-
-    def __init__(self, model: Model, name: str) -> None:
-        self._model, self._name = model, name
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name.startswith("__") or name != self._name or getattr(self._model.weights, name) is None:
-            raise AttributeError(f"this part of the model has no {name!r}")
-        table: Tensor = getattr(self._model.weights, name)
-        return table
+    ``complete`` adds zeros for the biases that the model does not have, as TransformerLens does.
+    """
+    weights = model.weights
+    yield "embed.W_E", weights.W_E
+    if weights.W_pos is not None:
+        yield "pos_embed.W_pos", weights.W_pos
+    for layer, block in enumerate(weights.blocks):
+        path = f"blocks.{layer}"
+        yield from _norm(f"{path}.ln1", block.ln1)
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
+            if complete or getattr(block, name) is not None:
+                yield f"{path}.attn.{name}", parameter(model, block, name)
+        for name, weight in (("q_norm", block.q_norm), ("k_norm", block.k_norm)):
+            if weight is not None:
+                yield f"{path}.attn.{name}.w", weight
+        yield from _norm(f"{path}.ln1_post", block.ln1_post)
+        # One norm can serve both.
+        if complete or block.ln2.w is None or block.ln2.w is not block.ln1.w:
+            yield from _norm(f"{path}.ln2", block.ln2)
+        for name in ("W_gate", "W_in", "W_out", "b_in", "b_out"):
+            if getattr(block, name) is not None or (complete and name.startswith("b_")):
+                yield f"{path}.mlp.{name}", parameter(model, block, name)
+        if block.gated and block.b_gate_in is not None:
+            yield f"{path}.mlp.b_gate", block.b_gate_in[: model.spec.mlp.d_mlp]
+        yield from _norm(f"{path}.ln2_post", block.ln2_post)
+    yield from _norm("ln_final", weights.ln_final)
+    yield "unembed.W_U", weights.W_U
+    if weights.b_U is not None:
+        yield "unembed.b_U", weights.b_U
+    elif complete:
+        yield "unembed.b_U", weights.W_U.new_zeros(weights.W_U.shape[1])
 
 
-class FinalNorm(Part):
-    """The norm in front of the unembedding; call it with a residual stream."""
-
-    def __init__(self, model: Model, points: HookPoints) -> None:
-        super().__init__("ln_final", points)
-        self._model = model
-
-    @property
-    def _weights(self) -> NormWeights:
-        return self._model.weights.ln_final
-
-    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """Returns the normalised residual; no hooks run."""
-        return normalize(self._model.spec.norm, resid, self._weights)
-
-
-class Unembed:
-    """The unembedding; call it with a normalised residual stream."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding matrix."""
-        return self._model.weights.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Its bias, zero if there is none."""
-        b_U = self._model.weights.b_U
-        return self.W_U.new_zeros(self.W_U.shape[1]) if b_U is None else b_U
-
-    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        """Returns ``x @ W_U + b_U``: neither the norm in front nor a softcap behind."""
-        return affine(x, self.W_U, self._model.weights.b_U)
+def _norm(path: str, norm: NormWeights | None) -> Iterator[tuple[str, Tensor]]:
+    for name in ("w", "b"):
+        value = None if norm is None else getattr(norm, name)
+        if value is not None:
+            yield f"{path}.{name}", value

@@ -1,25 +1,25 @@
 """What a ``HookedTransformer`` says about its model: settings, parameters, text to tokens and back, where it is."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.errors import OptionError, TokenRangeError
-from fastinterp.hooked.hooks import HookPoint, HookPoints
-from fastinterp.hooked.parameters import FinalNorm, HookedConfig, Part, Table, Unembed, config_of, parameter, stacked
+from fastinterp.errors import AnswerTokenError, OptionError, TokenRangeError, check_choice
+from fastinterp.hooked.hooks import HookPoints
+from fastinterp.hooked.parameter_surface import ParameterSurface
+from fastinterp.hooked.parameters import HookedConfig, config_of
 from fastinterp.hooked.text import Text
 from fastinterp.load import choose_device
 from fastinterp.model.model import Model
 
 Own = TypeVar("Own", bound="Surface")
-STACKED = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "W_in", "W_gate", "W_out", "b_in", "b_out")
 
 
-class Surface:
+class Surface(ParameterSurface):
     """The attributes and small methods of :class:`~fastinterp.hooked.transformer.HookedTransformer`."""
 
     def __init__(self, model: Model, default_prepend_bos: bool | None = None) -> None:
@@ -37,7 +37,7 @@ class Surface:
         bos = model.spec.default_prepend_bos if default_prepend_bos is None else default_prepend_bos
         self.text = Text(model, bos)
 
-    # Settings and parameters --------------------------------------------------------------------------------------
+    # Settings ----------------------------------------------------------------------------------------------------
 
     @property
     def cfg(self) -> HookedConfig:
@@ -48,79 +48,6 @@ class Surface:
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer, or ``None``."""
         return self.model.tokenizer
-
-    @property
-    def unembed(self) -> Unembed:
-        """The unembedding."""
-        return Unembed(self.model)
-
-    @property
-    def ln_final(self) -> FinalNorm:
-        """The final norm."""
-        return FinalNorm(self.model, self.points)
-
-    @property
-    def blocks(self) -> list[Part]:
-        """The blocks: ``model.blocks[3].attn.W_O``, ``model.blocks[3].attn.hook_z``."""
-        model = self.model
-
-        def of(layer: int) -> Callable[[str], Tensor]:
-            return lambda name: parameter(model, model.weights.blocks[layer], name)
-
-        return [Part(f"blocks.{layer}", self.points, of(layer)) for layer in range(model.spec.n_layers)]
-
-    @property
-    def embed(self) -> Table:
-        """The embedding: ``model.embed.W_E``."""
-        return Table(self.model, "W_E")
-
-    @property
-    def pos_embed(self) -> Table:
-        """The position embedding: ``model.pos_embed.W_pos``."""
-        return Table(self.model, "W_pos")
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The embedding."""
-        return self.model.weights.W_E
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """The position embedding; raises :class:`AttributeError` for models without one."""
-        if self.model.weights.W_pos is None:
-            raise AttributeError("this model has no W_pos: its positions are rotary")
-        return self.model.weights.W_pos
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding matrix."""
-        return self.model.weights.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The bias of the unembedding, zero if there is none."""
-        return self.unembed.b_U
-
-    def __getattr__(self, name: str) -> Any:
-        if name in STACKED:
-            return stacked(self.model, name)
-        points = self.__dict__.get("points")
-        if points is not None and name in points.by_name:
-            return points.by_name[name]
-        raise AttributeError(f"HookedTransformer has no {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in STACKED:
-            raise AttributeError(
-                f"{name} cannot be set: it is a copy of the parameters of all blocks. Replace activations with hooks, "
-                "or change one block's own tensor in place (model.model.weights.blocks[0])"
-            )
-        super().__setattr__(name, value)
-
-    @property
-    def hook_dict(self) -> dict[str, HookPoint]:
-        """All hook points by name."""
-        return self.points.by_name
 
     def set_use_attn_result(self, use: bool) -> None:
         """Whether full caches and predicates include ``hook_result``; by name it is always there."""
@@ -187,6 +114,34 @@ class Surface:
     def to_single_str_token(self, int_token: int) -> str:
         """Returns the string of one token."""
         return self.text.to_single_str_token(int_token)
+
+    def get_token_position(
+        self,
+        single_token: str | int | Int[Tensor, ""],
+        input: str | Int[Tensor, "..."],
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Returns where a token stands in a text, or in tokens ``[pos]`` or ``[1, pos]``: first or last.
+
+        Raises:
+            AnswerTokenError: a string that is not one token, or a token that does not occur.
+        """
+        check_choice("mode", mode, ("first", "last"))
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)
+        if tokens.ndim == 2 and len(tokens) == 1:
+            tokens = tokens[0]
+        if tokens.ndim != 1:
+            raise OptionError(f"get_token_position takes one prompt, not a batch of {tuple(tokens.shape)}")
+        found = (tokens == token).nonzero()[:, 0].tolist()
+        if not found:
+            shown = repr(single_token if self.tokenizer is None else self.to_single_str_token(token))
+            raise AnswerTokenError(f"the token {shown} does not occur in the prompt: {self._shown(tokens)}")
+        return int(found[0 if mode == "first" else -1])
+
+    def _shown(self, tokens: Tensor) -> Any:
+        return tokens.tolist() if self.tokenizer is None else self.to_str_tokens(tokens)
 
     def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
         """Returns the columns of ``W_U`` of tokens: along them the residual stream raises their logits.

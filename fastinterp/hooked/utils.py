@@ -70,6 +70,21 @@ def to_numpy(tensor: Any) -> NDArray[Any]:
     raise OptionError(f"a {type(tensor).__name__} cannot be made a numpy array: give a tensor, array, list or number")
 
 
+def remove_batch_dim(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Returns the tensor without its first axis if that has size 1, else as it is."""
+    return tensor[0] if tensor.ndim and len(tensor) == 1 else tensor
+
+
+def get_corner(tensor: Any, n: int = 3) -> Any:
+    """Returns the first ``n`` of every axis of a tensor, or of a ``FactoredMatrix``."""
+    return tensor[tuple(slice(n) for _ in range(tensor.ndim))]
+
+
+def transpose(tensor: Float[Tensor, "... a b"]) -> Float[Tensor, "... b a"]:
+    """Returns the tensor with its last two axes exchanged, a view."""
+    return tensor.transpose(-1, -2)
+
+
 def get_device() -> str:
     """Returns ``"cuda"`` where there is one, else ``"cpu"``, as :func:`fastinterp.load` chooses."""
     return "cuda" if torch.cuda.is_available() else "cpu"
