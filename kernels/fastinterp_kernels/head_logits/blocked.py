@@ -282,7 +282,11 @@ class _OneHead:
         if self.n_columns % GROUP:
             logits.masked_fill_(ids >= self.n_columns, -math.inf if largest else math.inf)
         values, index = logits.topk(k, largest=largest)
-        return values, ids.gather(1, index)
+        ids = ids.gather(1, index)
+        beyond = ids >= self.n_columns
+        if bool(beyond.any()):  # NaN comes after what is missing, where the smallest are wanted
+            values.masked_fill_(beyond & logits.isnan().any(1, keepdim=True), math.nan)
+        return values, ids.clamp_max_(self.n_columns - 1)
 
     def _recompute(
         self, groups: Int[Tensor, "row some"], W: Float[Tensor, "group group_d"]

@@ -283,4 +283,4 @@ class _Run:
             )  # fmt: skip
         best = logits.topk(k, largest=largest)
         ids = groups.gather(2, best.indices // GROUP) * GROUP + best.indices % GROUP
-        return best.values / self.weights.scale, ids
+        return best.values / self.weights.scale, ids.clamp_max_(self.weights.n - 1)  # beyond: in a row of NaN

@@ -244,7 +244,8 @@ def group_logits_kernel(
 ):  # fmt: skip
     """Program (i, h): logits of the columns of k groups for row tile i of head h; ``missing`` beyond the last.
 
-    Groups are ``[head, row, k]``, the output ``[head, row, k * GROUP]``. Products on the ordinary cores, exact.
+    Groups are ``[head, row, k]``, the output ``[head, row, k * GROUP]``, ``missing`` an infinity. Products on the
+    ordinary cores, exact.
     """
     head = tl.program_id(1).to(tl.int64)
     lanes = tl.arange(0, BLOCK_ROW * GROUP)
@@ -263,7 +264,8 @@ def group_logits_kernel(
                 x += tl.load(x_low_ptr + x_offsets + start).to(tl.float32)
                 w += tl.load(w_low_ptr + w_offsets + start).to(tl.float32)
             logits += tl.sum(x * w, axis=1)
-        logits = tl.where(columns < n_columns, logits, missing)
+        # Weights beyond the last column are 0, so that a row of NaN has NaN there too and not the smallest value.
+        logits += tl.where(columns < n_columns, 0.0, missing)
         tl.store(out_ptr + (places + j) * GROUP + lanes % GROUP, logits, mask=rows < n_rows)
 
 
