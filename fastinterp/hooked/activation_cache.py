@@ -14,6 +14,7 @@ from fastinterp.errors import OptionError, UnknownActivationError, nearest
 from fastinterp.hooked.activations import Activations
 from fastinterp.hooked.contributions import SliceInput, is_integer, model_of, take
 from fastinterp.hooked.decomposition import ResidualDecomposition
+from fastinterp.hooked.lens import LogitLens, logit_lens
 from fastinterp.hooked.utils import get_act_name, to_numpy
 from fastinterp.model.forward import missing_because
 from fastinterp.names import ACTIVATIONS, Activation, check_index
@@ -174,6 +175,26 @@ class ActivationCache(ResidualDecomposition):
     def has_pos_embed(self) -> bool:
         """Whether the position embedding is stored."""
         return self.stored("pos_embed") is not None
+
+    def logit_lens(self, **options: Any) -> LogitLens:
+        """Returns the logits that every layer's residual stream would have, if it were the last.
+
+        Equal to ``accumulated_resid(apply_ln=True) @ W_U + b_U``, softcap included: the last entry has the model's own
+        logits. Only one entry's logits are held beside what is returned, so with ``top_k`` little memory is needed.
+
+        Args:
+            options: ``layers`` (entries, ``None`` is all), ``incl_mid``, ``positions=-1`` and ``batch_slice`` (as
+                ``pos_slice`` elsewhere), ``return_type="logits"`` (or ``"log_probs"``, ``"probs"``),
+                ``apply_ln=True``, and one of ``top_k``, ``vocab`` (ids) and ``targets`` (one or several strings or
+                ids for all rows, or a tensor with an id for each) for fewer tokens than all.
+
+        Returns:
+            ``values [entry, batch, (pos,) token]``, ``labels``, ``entropy``, ``top_ids``, ``target_ranks`` and so on.
+
+        Example:
+            >>> cache.logit_lens(targets=[" Mary"]).target_ranks[:, 0, 0]                       # doctest: +SKIP
+        """
+        return logit_lens(self, **options)
 
     # Changing all of it ---------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ def generate(
     return_type: Literal["input", "str", "tokens"] = "input",
     verbose: bool = True,
     *,
+    padding_side: str | None = None,
     stop_tokens: Collection[int | str] | Tensor | int | str | None = None,
     seed: int | None = None,
 ) -> str | list[str] | Int[Tensor, "batch pos"]:
@@ -75,6 +76,7 @@ def generate(
         prepend_bos: put BOS in front of strings; ``None`` does what the model does by default.
         return_type: ``"input"`` returns what was given; ``"str"`` or ``"tokens"`` that.
         verbose: accepted for compatibility; nothing is printed.
+        padding_side: ``"right"``; of texts that are returned as texts, whatever.
         stop_tokens: further tokens to stop after, as ids or as strings of one token each.
 
     Raises:
@@ -92,6 +94,8 @@ def generate(
     as_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
     if as_text and model.tokenizer is None:
         raise TokenizerMissingError('this model has no tokenizer to decode with: ask for return_type="tokens"')
+    if padding_side not in (None, "right") and not as_text:
+        raise OptionError(f"padding_side={padding_side!r}, but tokens are padded on the right: leave it out")
     eos = _end_tokens(model, eos_token_id)
     if stop_at_eos and not eos:
         raise OptionError(

@@ -1,79 +1,12 @@
-"""A model's parameters and settings under the attributes that TransformerLens gives them."""
+"""A model's parameters under the names that TransformerLens gives them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastinterp.model.model import Model
 from fastinterp.model.weights import BlockWeights, NormWeights
-
-ACT_FN = {"gelu": "gelu", "gelu_tanh": "gelu_new", "gelu_quick": "quick_gelu", "relu": "relu", "silu": "silu"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HookedConfig:
-    """What notebooks read from ``model.cfg``. ``n_key_value_heads`` is ``None`` where every head has its own."""
-
-    model_name: str
-    n_layers: int
-    n_heads: int
-    n_key_value_heads: int | None
-    d_model: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    d_vocab_out: int
-    n_ctx: int
-    eps: float
-    act_fn: str
-    gated_mlp: bool
-    normalization_type: str
-    positional_embedding_type: str
-    parallel_attn_mlp: bool
-    attn_scale: float
-    device: torch.device
-    dtype: torch.dtype
-    default_prepend_bos: bool
-    use_attn_result: bool
-    use_attn_in: bool
-    use_split_qkv_input: bool
-    use_hook_mlp_in: bool
-
-
-def config_of(model: Model, flags: set[str], default_prepend_bos: bool) -> HookedConfig:
-    """Returns the settings of a model as TransformerLens names them."""
-    spec = model.spec
-    folded = model.weights.ln_final.w is None
-    kind = {"layer": "LN", "rms": "RMS"}[spec.norm.kind]
-    attention = spec.attention
-    return HookedConfig(
-        model_name=model.origin.source,
-        n_layers=spec.n_layers,
-        n_heads=attention.n_heads,
-        n_key_value_heads=None if attention.group == 1 else attention.n_kv_heads,
-        d_model=spec.d_model,
-        d_head=attention.d_head,
-        d_mlp=spec.mlp.d_mlp,
-        d_vocab=spec.d_vocab,
-        d_vocab_out=spec.d_vocab,
-        n_ctx=spec.n_ctx,
-        eps=spec.norm.eps,
-        act_fn=ACT_FN[spec.mlp.activation],
-        gated_mlp=spec.mlp.kind == "gated",
-        normalization_type=kind + "Pre" if folded else kind,
-        positional_embedding_type={"learned": "standard", "rotary": "rotary"}[spec.position.kind],
-        parallel_attn_mlp=spec.parallel,
-        attn_scale=1.0 / attention.scale,
-        device=model.device,
-        dtype=model.dtype,
-        default_prepend_bos=default_prepend_bos,
-        use_attn_result="use_attn_result" in flags,
-        use_attn_in="use_attn_in" in flags,
-        use_split_qkv_input="use_split_qkv_input" in flags,
-        use_hook_mlp_in="use_hook_mlp_in" in flags,
-    )
 
 
 def stacked(model: Model, name: str) -> Tensor:

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.errors import AnswerTokenError, OptionError, TokenRangeError, check_choice
+from fastinterp.hooked.config import HookedConfig, config_of
 from fastinterp.hooked.hooks import HookPoints
 from fastinterp.hooked.parameter_surface import ParameterSurface
-from fastinterp.hooked.parameters import HookedConfig, config_of
 from fastinterp.hooked.text import Text
 from fastinterp.load import choose_device
 from fastinterp.model.model import Model
@@ -94,17 +94,32 @@ class Surface(ParameterSurface):
     # Text ---------------------------------------------------------------------------------------------------------
 
     def to_tokens(
-        self, input: str | Sequence[str], prepend_bos: bool | None = None, truncate: bool = True
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
     ) -> Int[Tensor, "batch pos"]:
-        """Returns the tokens of a text or of several, padded on the right; ``truncate`` keeps ``n_ctx`` at most."""
-        return self.text.to_tokens(input, prepend_bos, truncate)
+        """Returns the tokens of a text or of several, padded on the right; ``truncate`` keeps ``n_ctx`` at most.
+
+        ``move_to_device=False`` returns them on the CPU. ``padding_side`` other than ``"right"`` raises
+        :class:`OptionError` where something is padded.
+        """
+        tokens = self.text.to_tokens(input, prepend_bos, truncate, padding_side)
+        return tokens if move_to_device else tokens.cpu()
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """Returns the text of a token or of a row of tokens, or the texts of a batch."""
         return self.text.to_string(tokens)
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
-        """Returns the strings of the tokens of a text or of a row of tokens; of a list of texts, a list for each."""
+    def to_str_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> list[str] | list[list[str]]:
+        """Returns the strings of the tokens of a text or of a row of tokens; of a list of texts, a list for each.
+
+        Nothing is padded, so ``padding_side`` changes nothing.
+        """
         return self.text.to_str_tokens(input, prepend_bos)
 
     def to_single_token(self, string: str) -> int:
@@ -121,8 +136,11 @@ class Surface(ParameterSurface):
         input: str | Int[Tensor, "..."],
         mode: str = "first",
         prepend_bos: bool | None = None,
+        padding_side: str | None = None,
     ) -> int:
         """Returns where a token stands in a text, or in tokens ``[pos]`` or ``[1, pos]``: first or last.
+
+        One prompt is not padded, so ``padding_side`` changes nothing.
 
         Raises:
             AnswerTokenError: a string that is not one token, or a token that does not occur.

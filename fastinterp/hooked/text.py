@@ -41,11 +41,26 @@ class Text:
         return torch.tensor(rows, dtype=torch.int64, device=self.model.device).view(len(prompts), longest)
 
     def to_tokens(
-        self, text: str | Sequence[str], prepend_bos: bool | None = None, truncate: bool = True
+        self,
+        text: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        truncate: bool = True,
+        padding_side: str | None = None,
     ) -> Int[Tensor, "batch pos"]:
         """Returns the tokens of one text (``batch`` is 1) or of several, padded on the right."""
         texts = [text] if isinstance(text, str) else list(text)
-        return self.padded(self.ids(texts, prepend_bos, truncate))
+        ids = self.ids(texts, prepend_bos, truncate)
+        if len({len(row) for row in ids}) > 1:
+            self.check_padding_side(padding_side)
+        return self.padded(ids)
+
+    def check_padding_side(self, side: str | None) -> None:
+        """Raises :class:`OptionError` for prompts that shall be padded elsewhere than on the right."""
+        if side not in (None, "right"):
+            raise OptionError(
+                f"padding_side={side!r}, but prompts of different lengths are padded on the right: leave it out, and "
+                "read each prompt at its own last token"
+            )
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """Returns the text of a token or of a row of tokens, or the texts of a batch."""

@@ -9,18 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.errors import NonFiniteError, OptionError, PromptTooLongError, check_choice
+from fastinterp.errors import OptionError, check_choice
 from fastinterp.hooked.activation_cache import ActivationCache
 from fastinterp.hooked.activations import Activations, Recipe, derivable, recipe
 from fastinterp.hooked.generate import generate
 from fastinterp.hooked.hooks import Direction, HookFunction, HookPoint, NameFilter
+from fastinterp.hooked.inputs import Inputs, check_empty, lengths_of
 from fastinterp.hooked.pretrained import load_pretrained
-from fastinterp.hooked.surface import Surface
 from fastinterp.metrics import evaluate_loss
 from fastinterp.model.attention import make_frame
 from fastinterp.model.forward import embed, final_logits, run_blocks
 from fastinterp.model.intervene import Key, Taps
-from fastinterp.model.model import check_tokens
 from fastinterp.model.norms import tapped_norm
 from fastinterp.names import check_index
 
@@ -35,7 +34,7 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-class HookedTransformer(Surface):
+class HookedTransformer(Inputs):
     """A model with TransformerLens's names, shapes and return conventions.
 
     Runs on the same forward as everything else here: an activation that no hook and no cache asks for costs nothing,
@@ -83,6 +82,9 @@ class HookedTransformer(Surface):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
+        padding_side: str | None = None,
+        **nothing: Any,
     ) -> Any:
         """Runs the model, hooks included.
 
@@ -95,13 +97,26 @@ class HookedTransformer(Surface):
             start_at_layer: run this layer and those behind it only; negative layers count from the end.
             stop_at_layer: run the layers in front of this one only and return the residual stream there.
             tokens: what the loss is of, beside a residual stream as input.
+            attention_mask: of prompts padded on the right, ones and then zeros: what is behind a prompt has no loss.
+            padding_side: ``"right"`` (or whatever, if nothing is padded).
+            nothing: ``past_kv_cache`` and the like, which must be ``None``.
 
         Raises:
             PromptTooLongError, TokenRangeError: tokens that the model cannot take.
-            OptionError: a return type that there is not, or a loss without tokens.
+            OptionError: a return type that there is not, a loss without tokens, or padding on the left.
         """
         return self._run(
-            input, return_type, self.points.taps, loss_per_token, prepend_bos, start_at_layer, stop_at_layer, tokens
+            input,
+            return_type,
+            self.points.taps,
+            loss_per_token=loss_per_token,
+            prepend_bos=prepend_bos,
+            start_at_layer=start_at_layer,
+            stop_at_layer=stop_at_layer,
+            tokens=tokens,
+            attention_mask=attention_mask,
+            padding_side=padding_side,
+            **nothing,
         )
 
     def _run(
@@ -109,12 +124,17 @@ class HookedTransformer(Surface):
         input: str | Sequence[str] | Tensor,
         return_type: ReturnType,
         make_taps: Callable[..., Taps],
+        *,
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
+        padding_side: str | None = None,
+        **nothing: Any,
     ) -> Any:
+        check_empty(nothing)
         if return_type is not None:
             check_choice("return_type", return_type, ("logits", "loss", "both"))
         spec, weights = self.model.spec, self.model.weights
@@ -123,10 +143,14 @@ class HookedTransformer(Surface):
         lengths = None
         taps = make_taps(root=start_at_layer is None)
         if start_at_layer is None:
-            tokens, lengths = self.as_tokens(input, prepend_bos)
+            tokens, lengths = self.as_tokens(
+                input, prepend_bos, attention_mask=attention_mask, padding_side=padding_side
+            )
             resid = embed(weights, tokens, taps)
         else:
-            resid = self._as_residual(input)
+            resid = self.as_residual(input)
+            if attention_mask is not None:
+                lengths = lengths_of(attention_mask, tuple(resid.shape[:2]))
         frame = make_frame(spec, resid.shape[1], device=resid.device, dtype=resid.dtype)
         resid = run_blocks(spec, weights, resid, frame, taps, start=start, stop=stop)
         if stop is not None:
@@ -153,45 +177,6 @@ class HookedTransformer(Surface):
         logits = final_logits(spec, weights, resid, taps=taps)
         loss = self._loss(logits, tokens, lengths, loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
-
-    def as_tokens(
-        self, input: str | Sequence[str] | Tensor, prepend_bos: bool | None = None
-    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"] | None]:
-        """Returns checked tokens, and the prompts' lengths where they are known (from several texts)."""
-        lengths = None
-        if isinstance(input, str) or (isinstance(input, Sequence) and input and isinstance(input[0], str)):
-            texts = [input] if isinstance(input, str) else [str(text) for text in input]
-            ids = self.text.ids(texts, prepend_bos, truncate=True)
-            tokens, lengths = self.text.padded(ids), torch.tensor([len(row) for row in ids])
-        else:
-            tokens = torch.as_tensor(input, device=self.model.device)
-            if tokens.is_floating_point() or tokens.ndim not in (1, 2):
-                raise OptionError(
-                    f"the input has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected tokens [batch, pos] "
-                    "(a residual stream needs start_at_layer=)"
-                )
-            tokens = tokens.long()[None] if tokens.ndim == 1 else tokens.long()
-        if tokens.shape[1] == 0:
-            raise OptionError("the input has no tokens: give a text that is not empty, or prepend_bos=True")
-        check_tokens(self.model.spec, tokens)
-        return tokens, lengths
-
-    def _as_residual(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
-        d_model = self.model.spec.d_model
-        if not isinstance(input, Tensor) or input.ndim != 3 or input.shape[-1] != d_model:
-            shape = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
-            raise OptionError(f"start_at_layer needs a residual stream [batch, pos, {d_model}], not {shape}")
-        if not bool(torch.isfinite(input).all()):
-            raise NonFiniteError("the residual stream holds NaN or infinity")
-        if input.shape[1] > self.model.spec.n_ctx:
-            raise PromptTooLongError(
-                f"the residual stream has {input.shape[1]} positions, the model takes {self.model.spec.n_ctx} at most"
-            )
-        # A copy, so that what is cached of it is not the caller's own.
-        resid = input.to(device=self.model.device, dtype=self.model.dtype, copy=True)
-        if torch.is_grad_enabled() and not resid.requires_grad:
-            resid = resid.detach().requires_grad_()
-        return resid
 
     def loss_fn(
         self,
