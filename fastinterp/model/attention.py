@@ -22,13 +22,28 @@ STEADY_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedKeys:
+    """Keys and values, as attention takes them, of what stands in front of position ``start`` of each sequence.
+
+    The rows ``[variant, node, ...]`` of a frame that has them are ``width`` positions from ``start`` on, sequence by
+    sequence. Keys at ``start`` and behind are not looked at.
+    """
+
+    start: Int[Tensor, " batch"]
+    width: int
+    k: Float[Tensor, "batch key_pos kv_head d_head"]
+    v: Float[Tensor, "batch key_pos kv_head d_head"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Frame:
     """What depends on the shape of the batch alone: rotary tables, and masks for windows shorter than the sequence.
 
     Prompts are padded on the right, so the causal mask already keeps padding from real tokens. With a ``tree`` the
     residual stream is packed, ``[variant, node, d_model]`` instead of ``[batch, pos, d_model]``: everything but the
     attention itself then acts per node, and the rotary tables are per node. With a ``past`` the tokens continue
-    sequences whose keys and values are known; masks then have a batch axis.
+    sequences whose keys and values are known; masks then have a batch axis. With ``shared`` the rows are the ends of
+    sequences, whose beginnings all variants have in common.
     """
 
     n_pos: int
@@ -36,6 +51,7 @@ class Frame:
     masks: Mapping[int | None, Bool[Tensor, "*batch query_pos key_pos"]]
     tree: PrefixTree | None = None
     past: KeyValueCache | None = None
+    shared: SharedKeys | None = None
 
     def mask(self, window: int | None) -> Bool[Tensor, "*batch query_pos key_pos"]:
         """True where a query may look."""
@@ -43,14 +59,25 @@ class Frame:
 
 
 def make_frame(
-    spec: ModelSpec, n_pos: int, *, device: torch.device, dtype: torch.dtype, tree: PrefixTree | None = None
+    spec: ModelSpec,
+    n_pos: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tree: PrefixTree | None = None,
+    positions: Int[Tensor, " node"] | None = None,
 ) -> Frame:
-    """Builds the tables for sequences of ``n_pos`` tokens, packed if there is a ``tree``."""
-    positions = torch.arange(n_pos, device=device)
+    """Builds the tables for sequences of ``n_pos`` tokens, packed if there is a ``tree``.
+
+    ``positions`` are those of rows that are no whole sequences; attention then needs ``shared`` keys.
+    """
+    everywhere = torch.arange(n_pos, device=device)
+    if positions is None:
+        positions = everywhere if tree is None else tree.pos
     return Frame(
         n_pos=n_pos,
-        rotations=_rotations(spec, positions if tree is None else tree.pos, dtype),
-        masks=_masks(spec, positions, n_pos),
+        rotations=_rotations(spec, positions, dtype),
+        masks=_masks(spec, everywhere, n_pos),
         tree=tree,
     )
 
@@ -189,6 +216,8 @@ def attend(
 
     Packed queries, keys and values are spread over the prompts for this and ``z`` is packed again.
     """
+    if frame.shared is not None:
+        return attend_behind(spec, layer, q, k, v, frame.shared)
     if (tree := frame.tree) is not None:
         spread = dataclasses.replace(frame, tree=None)
         q, k, v = (tree.spread(part).flatten(0, 1) for part in (q, k, v))
@@ -199,6 +228,53 @@ def attend(
     causal = frame.past is None and (window is None or window >= frame.n_pos)
     mask = frame.mask(window)
     return _mix(spec, layer, q, k, v, mask if mask.ndim == 2 else mask.unsqueeze(1), taps, is_causal=causal)
+
+
+def attend_behind(
+    spec: ModelSpec,
+    layer: int,
+    q: Float[Tensor, "variant node head d_head"],
+    k: Float[Tensor, "variant node kv_head d_head"],
+    v: Float[Tensor, "variant node kv_head d_head"],
+    shared: SharedKeys,
+) -> Float[Tensor, "variant node head d_head"]:
+    """Like :func:`attend` for the ends of sequences, whose beginnings all variants share.
+
+    One product per sequence and KV head gives the scores of all variants' queries with the shared keys. Memory: the
+    scores, ``variant * node * head * (key_pos + width)``.
+    """
+    attention, width = spec.attention, shared.width
+    n_variants, n_kv, group, d_head = len(q), attention.n_kv_heads, attention.group, attention.d_head
+    n_batch, n_shared = len(shared.start), int(shared.start.max())
+    # [batch, kv_head, variant, width, group, ..]: the rows of one product lie together.
+    queries = q.view(n_variants, n_batch, width, n_kv, group, d_head).permute(1, 3, 0, 2, 4, 5).contiguous()
+    own_k, own_v = (x.unflatten(1, (n_batch, width)).permute(1, 3, 0, 2, 4) for x in (k, v))
+    common_k, common_v = (x[:, :n_shared].transpose(1, 2) for x in (shared.k, shared.v))
+    scores = q.new_empty(*queries.shape[:-1], n_shared + width)
+    scores[..., :n_shared] = (queries.flatten(2, 4) @ common_k.transpose(-1, -2)).unflatten(2, queries.shape[2:5])
+    scores[..., n_shared:] = (queries.flatten(3, 4) @ own_k.transpose(-1, -2)).unflatten(3, (width, group))
+    scores *= attention.scale
+    if attention.softcap is not None:
+        scores = scores.div_(attention.softcap).tanh_().mul_(attention.softcap)
+    allowed = _behind_mask(shared, n_shared, attention.window[layer])
+    pattern = scores.masked_fill_(~allowed[:, None, None, :, None], -torch.inf).softmax(-1)
+    z = (pattern[..., :n_shared].flatten(2, 4) @ common_v).unflatten(2, queries.shape[2:5])
+    z = z + (pattern[..., n_shared:].flatten(3, 4) @ own_v).unflatten(3, (width, group))
+    mixed: Tensor = z.permute(2, 0, 3, 1, 4, 5).reshape(q.shape)
+    return mixed
+
+
+def _behind_mask(shared: SharedKeys, n_shared: int, window: int | None) -> Bool[Tensor, "batch width shared_and_width"]:
+    """Where a query may look: at what stands in front of its sequence's start, and at its own rows up to itself."""
+    step = torch.arange(shared.width, device=shared.start.device)
+    position = torch.arange(n_shared, device=shared.start.device)
+    distance = (shared.start[:, None] + step)[..., None] - position
+    before = (position < shared.start[:, None])[:, None].expand_as(distance)
+    own = (step[:, None] - step).expand(len(shared.start), -1, -1)
+    if window is not None:
+        before = before & (distance < window)
+    inside = (own >= 0) if window is None else (own >= 0) & (own < window)
+    return torch.cat([before, inside], dim=-1)
 
 
 def attend_from(

@@ -16,7 +16,7 @@ from fastinterp.errors import OptionError, UnknownActivationError
 from fastinterp.model.attention import Frame, affine, attend, attend_from, continuing_frame, make_frame, project_qkv
 from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import NO_TAPS, Taps
-from fastinterp.model.norms import normalize, tapped_norm
+from fastinterp.model.norms import tapped_norm
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
@@ -223,22 +223,30 @@ def _after_attention(
     attn_raw = taps("attn_raw", layer, mix_heads(w, layer, taps("z", layer, z), taps))
     attn_out = taps("attn_out", layer, write_norm(spec, "ln1_post", layer, attn_raw, w.ln1_post, taps))
     after = resid + attn_out
-    if not spec.parallel:
-        resid = after = taps("resid_mid", layer, after)
+    if spec.parallel:
+        return mlp_residual(spec, w, layer, resid, taps, after=after)
+    return mlp_residual(spec, w, layer, taps("resid_mid", layer, after), taps)
+
+
+def mlp_residual(
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    resid: Float[Tensor, "*rows d_model"],
+    taps: Taps = NO_TAPS,
+    *,
+    after: Float[Tensor, "*rows d_model"] | None = None,
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns ``resid_post``: the second half of a block.
+
+    ``resid`` is what the MLP reads, ``resid_mid``; it writes to the same, or to ``after`` (parallel blocks).
+    """
     # A tensor of its own, since its gradient is that of the MLP alone.
     mlp_in = taps("mlp_in", layer, resid.view_as(resid)) if taps.wants("mlp_in", layer) else resid
     x = tapped_norm(spec, "ln2", layer, mlp_in, w.ln2, taps)
     mlp_raw = taps("mlp_raw", layer, mlp(spec, w, layer, x, taps))
     mlp_out = taps("mlp_out", layer, write_norm(spec, "ln2_post", layer, mlp_raw, w.ln2_post, taps))
-    return taps("resid_post", layer, after + mlp_out)
-
-
-def mlp_residual(
-    spec: ModelSpec, w: BlockWeights, layer: int, resid_mid: Float[Tensor, "*rows d_model"]
-) -> Float[Tensor, "*rows d_model"]:
-    """Returns ``resid_post`` from ``resid_mid``: the second half of a block that is not parallel."""
-    mlp_raw = mlp(spec, w, layer, normalize(spec.norm, resid_mid, w.ln2))
-    return resid_mid + write_norm(spec, "ln2_post", layer, mlp_raw, w.ln2_post)
+    return taps("resid_post", layer, (resid if after is None else after) + mlp_out)
 
 
 def write_norm(

@@ -7,13 +7,13 @@ activations that the fast path does not form (``pattern``, ``attn_scores``, ``re
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastinterp.errors import OptionError
+from fastinterp.errors import OptionError, check_choice
 from fastinterp.names import activation, check_index
 
 Key = tuple[str, int | None]
@@ -36,28 +36,53 @@ class Replaces(Protocol):
         ...
 
 
+SOURCE: Final = "source"
+"""In place of a replacement: the values that the same activation has in the source run of a sweep."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """Replaces one activation: ``site`` of ``layer``, of one ``head`` or of all, at some ``positions`` or at all.
+    """Changes one activation: ``site`` of ``layer``, of one ``head`` or ``neuron`` or of all, everywhere or not.
 
-    ``replacement`` broadcasts against the replaced part: ``0.0`` for zero ablation, a mean, or another run's values.
-    ``head`` indexes the axis called ``head`` or ``kv_head`` of the site.
+    ``replacement`` broadcasts against the changed part: ``0.0`` for zero ablation, a mean, another run's values.
+    ``how`` says what becomes of it: ``"set"`` puts it in place, ``"scale"`` multiplies by it, ``"add"`` adds it
+    (steering). ``head`` indexes the axis called ``head`` or ``kv_head`` of the site, ``neuron`` the axis ``d_mlp``.
+    Without ``positions`` it is all of them; those of ``attn_scores`` and ``pattern`` are the queries'. A replacement of
+    ``SOURCE`` stands for the source run of a sweep, and a forward by itself has none.
     """
 
     site: str
     layer: int
     head: int | None = None
+    neuron: int | None = None
     positions: Bool[Tensor, "batch pos"] | None = None
-    replacement: Tensor | float = 0.0
+    replacement: Tensor | float | Literal["source"] = 0.0
+    how: Literal["set", "scale", "add"] = "set"
     changes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuses sites that do not exist and heads of sites without heads."""
+        """Refuses sites that do not exist, and heads and neurons of sites that have none."""
         dims = activation(self.site).dims
-        if self.head is not None and not {"head", "kv_head"} & set(dims):
-            raise OptionError(f"site {self.site!r} has no head axis (its dims are {dims}): leave head=None")
-        if self.positions is not None and "pos" not in dims:
-            raise OptionError(f"site {self.site!r} has no pos axis (its dims are {dims}): leave positions=None")
+        for name, given, axes in (
+            ("head", self.head, {"head", "kv_head"}),
+            ("neuron", self.neuron, {"d_mlp"}),
+        ):
+            if given is not None and not axes & set(dims):
+                raise OptionError(f"site {self.site!r} has no {name} axis (its dims are {dims}): leave {name}=None")
+        check_choice("how", self.how, ("set", "scale", "add"))
+        if isinstance(self.replacement, str) and self.replacement != SOURCE:
+            raise OptionError(f"replacement={self.replacement!r}: give a number, a tensor, or {SOURCE!r}")
+
+    @property
+    def by_query(self) -> bool:
+        """Whether the site is ``[batch, head, query_pos, key_pos]``, with no axis of one value per token."""
+        return "query_pos" in activation(self.site).dims
+
+    def sourced(self, values: Tensor) -> "Edit":
+        """Returns the edit with ``SOURCE`` resolved, given the whole activation of the source run."""
+        if not isinstance(self.replacement, str):
+            return self
+        return dataclasses.replace(self, replacement=self._part(values))
 
     def gathered(self, rows: Int[Tensor, " n"], pos: Int[Tensor, " n"]) -> "Edit":
         """Returns the edit as it acts on ``[1, n, ...]``: the values at position ``pos[i]`` of sequence ``rows[i]``."""
@@ -73,30 +98,45 @@ class Edit:
     @property
     def same_everywhere(self) -> bool:
         """Whether the edit is the same for every prompt and position."""
+        if self.by_query or isinstance(self.replacement, str):
+            return False
         if not isinstance(self.replacement, Tensor):
             return self.positions is None
         return self.positions is None and self._aligned(self.replacement).shape[:2] == (1, 1)
 
     def _aligned(self, replacement: Tensor) -> Tensor:
-        """Returns the replacement with an axis for each of the replaced part, as broadcasting would add them."""
-        axes = len(activation(self.site).dims) - (0 if self.head is None else 1)
+        """Returns the replacement with an axis for each of the changed part, as broadcasting would add them."""
+        axes = len(activation(self.site).dims) - (self.head is not None) - (self.neuron is not None)
         return replacement[(None,) * (axes - replacement.ndim)]
+
+    def _part(self, value: Tensor) -> Tensor:
+        """The head or neuron of the whole activation that is meant; a view."""
+        dims = activation(self.site).dims
+        if self.head is not None:
+            axis = dims.index("head") if "head" in dims else dims.index("kv_head")
+            value = value.select(axis, check_index("head", self.head, value.shape[axis]))
+        if self.neuron is not None:
+            value = value.select(-1, check_index("neuron", self.neuron, value.shape[-1]))
+        return value
 
     def apply(self, value: Tensor) -> Tensor:
         """Returns ``value`` with the edit made, leaving the original alone."""
-        dims = activation(self.site).dims
+        if isinstance(self.replacement, str):
+            raise OptionError(
+                f"the edit of {self.site} takes its values from a source run, and there is none here: give the values "
+                "themselves as replacement, or run a sweep with source prompts"
+            )
         value = value.clone()
-        part = value
-        if self.head is not None:
-            axis = dims.index("head") if "head" in dims else dims.index("kv_head")
-            head = check_index("head", self.head, value.shape[axis])
-            part = value.select(axis, head)
+        part = self._part(value)
+        given = torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device)
+        changed = given if self.how == "set" else part * given if self.how == "scale" else part + given
         if self.positions is None:
-            part.copy_(torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device).expand_as(part))
+            part.copy_(changed.expand_as(part))
         else:
-            mask = self.positions.view(*self.positions.shape, *[1] * (part.ndim - 2))
-            replacement = torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device)
-            part.copy_(torch.where(mask, replacement, part))
+            mask = self.positions
+            if self.by_query and self.head is None:
+                mask = mask[:, None]
+            part.copy_(torch.where(mask.view(*mask.shape, *[1] * (part.ndim - mask.ndim)), changed, part))
         return value
 
 

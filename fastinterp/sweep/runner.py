@@ -1,34 +1,67 @@
 """Runs all variants of a batch in one pass over the layers.
 
-A variant of layer ``l`` equals the clean run below ``l``. So the pass carries the clean residual and a growing stack of
-edited ones: at every layer the stack takes one step, and the variants of that layer join it. Each weight matrix is then
-read once per layer for all variants, and no layer is computed for a variant before its edit. Residuals are kept per
-node of the batch's prefix tree, so padding and repeated beginnings are not computed.
+A variant whose first edit is in layer ``l`` equals the clean run below ``l``. So the pass carries the clean residual
+and stacks of edited ones: at every layer a stack takes one step, and the variants of that layer join it. Each weight
+matrix is then read once per layer for all variants, and no layer is computed for a variant before its edit. Residuals
+are kept per node of the batch's prefix tree, so padding and repeated beginnings are not computed; variants that change
+nothing in front of a position keep only the rows from there on, and see the clean run's keys and values.
 
-    operations = nodes x sum over variants of (MLP of its layer, unless parallel, + every block above)
+    operations = rows x sum over variants of (what the edit changes of its layer + every block above)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.model.attention import affine, make_frame
-from fastinterp.model.forward import block, block_at, embed, forward, mix_heads, mlp_residual, write_norm
-from fastinterp.model.intervene import Capture, Taps
+from fastinterp.errors import OptionError
+from fastinterp.model.attention import ready
+from fastinterp.model.forward import block, block_at, embed, forward
+from fastinterp.model.intervene import SOURCE, Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
-from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
+from fastinterp.sweep.rows import Rows
+from fastinterp.sweep.source import SourceRun
+from fastinterp.sweep.stack import CleanLayer, Stack
 from fastinterp.sweep.variants import Variant
 
 RESIDUAL_BYTES = 1 << 30
+
+# Ends of prompts are computed by themselves below this share of the tokens: their attention is slower for each.
+_ENDS_SHARE = 0.75
 
 
 def step_tokens(device: torch.device) -> int:
     """Tokens that go through a block together: enough rows for the matrix product, few enough for the cache."""
     return 1024 if device.type == "cpu" else 1 << 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """Final residuals of some variants.
+
+    ``resid`` is ``[variant, batch, d_model]`` where one position was asked for, otherwise ``[variant, batch, pos,
+    d_model]``; with a ``start`` these are the positions from ``start[b]`` on, and in front of them it is the clean run.
+    """
+
+    indices: list[int]
+    resid: Float[Tensor, "variant batch *pos d_model"]
+    start: Int[Tensor, " batch"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A batch of prompts, where it is read, and the run that ``SOURCE`` stands for."""
+
+    model: Model
+    tokens: Int[Tensor, "batch pos"]
+    n_tokens: Int[Tensor, " batch"]
+    tree: PrefixTree
+    at: Int[Tensor, " batch"] | None = None
+    source: Int[Tensor, "batch pos"] | None = None
 
 
 @torch.no_grad()
@@ -39,135 +72,209 @@ def run_variants(
     *,
     n_tokens: Int[Tensor, " batch"] | None = None,
     at: Int[Tensor, " batch"] | None = None,
+    source: Int[Tensor, "batch pos"] | None = None,
     residual_bytes: int = RESIDUAL_BYTES,
 ) -> Iterator[tuple[list[int], Float[Tensor, "variant batch *pos d_model"]]]:
     """Yields ``(indices into variants, final residuals)`` group by group until every variant has come once.
 
     Equivalent to ``forward(spec, weights, tokens, taps=Taps.of(n_layers, edits=variant.edits))`` for each variant, at
-    real tokens; what stands at padding is undefined.
+    real tokens; what stands at padding is undefined. :func:`sweep` gives the same without the tokens that no edit
+    reaches.
 
     Args:
         tokens: right-padded prompts.
         n_tokens: their lengths; without it every position counts as real.
         at: read the final residual at this position of each prompt only; the last block then computes little else.
+        source: the prompts of the run that replacements of ``SOURCE`` are taken from, of the same shape.
         residual_bytes: the residuals of one group's variants stay below this; more groups repeat the clean run.
 
     Raises:
-        SiteRangeError: a layer or head that the model does not have.
+        SiteRangeError: a layer, head or neuron that the model does not have.
+        OptionError: an edit with ``SOURCE`` where there is no source.
 
     Memory: ``residual_bytes`` (twice that where every position is read) plus the activations of one step.
     """
-    variants = [variant.resolved(model.spec) for variant in variants]
-    joining = [i for i, v in enumerate(variants) if v.enters_by_heads]
-    joining.sort(key=lambda i: variants[i].first_layer)
-    share = all(edit.same_everywhere for i in joining for edit in variants[i].edits)
-    tree = prefix_tree(tokens, n_tokens, share=share)
-    each = max(tree.n_nodes, tree.node.numel()) * model.spec.d_model * model.weights.W_E.element_size()
-    size = max(1, residual_bytes // each)
-    for start in range(0, len(joining), size):
-        indices = joining[start : start + size]
-        yield indices, _Pass(model, tokens, tree, at).run([variants[i] for i in indices])
-    for index, variant in enumerate(variants):
-        if not variant.enters_by_heads:
-            taps = Taps.of(model.spec.n_layers, edits=variant.edits)
-            final = forward(model.spec, model.weights, tokens, taps=taps)
-            yield [index], (final if at is None else final[torch.arange(len(at), device=at.device), at])[None]
+    clean: Tensor | None = None
+    for swept in sweep(model, tokens, variants, n_tokens=n_tokens, at=at, source=source, residual_bytes=residual_bytes):
+        if swept.start is None or at is not None:
+            yield swept.indices, swept.resid
+            continue
+        if clean is None:
+            clean = forward(model.spec, model.weights, tokens)
+        yield swept.indices, _filled(swept, clean)
+
+
+def _filled(swept: Swept, clean: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "variant batch pos d_model"]:
+    """Every position of variants of which only the ends were computed."""
+    assert swept.start is not None
+    pos = torch.arange(clean.shape[1], device=clean.device)
+    where = (pos - swept.start[:, None]).clamp(0, swept.resid.shape[2] - 1)
+    behind = swept.resid.gather(2, where[None, :, :, None].expand(len(swept.resid), -1, -1, clean.shape[-1]))
+    return torch.where((pos >= swept.start[:, None])[..., None], behind, clean)
+
+
+@torch.no_grad()
+def sweep(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    variants: Sequence[Variant],
+    *,
+    n_tokens: Int[Tensor, " batch"] | None = None,
+    at: Int[Tensor, " batch"] | None = None,
+    source: Int[Tensor, "batch pos"] | None = None,
+    residual_bytes: int = RESIDUAL_BYTES,
+) -> Iterator[Swept]:
+    """Like :func:`run_variants`, but where every position is read, with those alone that a variant can change."""
+    spec = model.spec
+    variants = [variant.resolved(spec) for variant in variants]
+    if source is None and any(isinstance(edit.replacement, str) for v in variants for edit in v.edits):
+        raise OptionError(f"an edit takes its values from {SOURCE!r}, and there is no source: give source=tokens")
+    if n_tokens is None:
+        n_tokens = tokens.new_full((len(tokens),), tokens.shape[1])
+    stages = [variant.stage(spec) for variant in variants]
+    passing = [i for i, stage in enumerate(stages) if stage != "forward"]
+    tree = prefix_tree(tokens, n_tokens, share=all(e.same_everywhere for i in passing for e in variants[i].edits))
+    job = Job(model=model, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source)
+    planned = [_Planned.of(job, i, variants[i]) for i in passing]
+    planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
+    for group in _groups(planned, residual_bytes):
+        yield from _run_group(job, group)
+    for index, stage in enumerate(stages):
+        if stage == "forward":
+            yield _whole_forward(job, index, variants[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A variant, from where on it can differ (None: everywhere), and the bytes of its residual."""
+
+    index: int
+    variant: Variant
+    start: tuple[int, ...] | None
+    n_bytes: int
+
+    @classmethod
+    def of(cls, job: Job, index: int, variant: Variant) -> "_Planned":
+        tree, spec = job.tree, job.model.spec
+        each = spec.d_model * job.model.weights.W_E.element_size()
+        start: tuple[int, ...] | None = None
+        rows = max(tree.n_nodes, tree.node.numel())
+        # Scores and patterns of later layers are those of whole sequences.
+        if not any(edit.by_query and edit.layer > variant.first_layer for edit in variant.edits):
+            begins = variant.start(job.n_tokens)
+            width = int((job.n_tokens - begins).max())
+            if len(begins) * width < _ENDS_SHARE * tree.n_nodes:
+                start, rows = tuple(begins.tolist()), len(begins) * width
+        return cls(index=index, variant=variant, start=start, n_bytes=rows * each)
+
+
+def _groups(planned: Sequence[_Planned], residual_bytes: int) -> Iterator[list[_Planned]]:
+    """Cuts the variants into groups whose residuals stay below the bytes given; one variant always fits."""
+    group: list[_Planned] = []
+    total = 0
+    for each in planned:
+        if group and total + each.n_bytes > residual_bytes:
+            yield group
+            group, total = [], 0
+        group.append(each)
+        total += each.n_bytes
+    if group:
+        yield group
+
+
+def _run_group(job: Job, group: list[_Planned]) -> Iterator[Swept]:
+    """One pass; in two halves, one after the other, where the memory is not enough."""
+    try:
+        found = list(_Pass(job, group).run())
+    except torch.OutOfMemoryError:
+        if len(group) == 1:
+            raise
+        found = None
+    if found is None:
+        if job.tokens.is_cuda:
+            torch.cuda.empty_cache()
+        half = len(group) // 2
+        yield from _run_group(job, group[:half])
+        yield from _run_group(job, group[half:])
+    else:
+        yield from found
+
+
+def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
+    """For edits outside of the blocks."""
+    model = job.model
+    taps = Taps.of(model.spec.n_layers, edits=SourceRun.resolve_all(job.model, job.source, variant.edits))
+    final = forward(model.spec, model.weights, job.tokens, taps=taps)
+    if job.at is not None:
+        final = final[torch.arange(len(final), device=final.device), job.at]
+    return Swept(indices=[index], resid=final[None])
 
 
 class _Pass:
     """One pass over the layers for a group of variants."""
 
-    def __init__(
-        self, model: Model, tokens: Int[Tensor, "batch pos"], tree: PrefixTree, at: Int[Tensor, " batch"] | None
-    ) -> None:
-        self.spec, self.weights, self.tree, self.at = model.spec, model.weights, tree, at
-        self.n_pos = tokens.shape[1]
-        self.clean = embed(model.weights, tokens, tree=tree)
-        self.frame = make_frame(model.spec, tree.n_pos, device=self.clean.device, dtype=self.clean.dtype, tree=tree)
-        # Attention spreads keys and values over all positions, whatever the tree saves elsewhere.
-        self.step_variants = max(1, step_tokens(self.clean.device) // max(tree.n_nodes, tree.node.numel() // 2))
+    def __init__(self, job: Job, group: Sequence[_Planned]) -> None:
+        self.job, self.spec, self.weights = job, job.model.spec, job.model.weights
+        self.clean = embed(self.weights, job.tokens, tree=job.tree)
+        self.whole = Rows.whole(self.spec, job.tree, self.clean.dtype)
+        self.source = None if job.source is None else SourceRun(job.model, job.source)
+        self.stacks = [self._stack(start, members) for start, members in _by_start(group)]
+        self.ends = any(stack.rows.start is not None for stack in self.stacks)
 
-    def run(self, variants: Sequence[Variant]) -> Float[Tensor, "variant batch *pos d_model"]:
-        """Returns the final residual of each variant, which must come in the order of their layers."""
-        spec = self.spec
-        stack = self.clean.new_empty(len(variants), *self.clean.shape[1:])
-        entered = 0
+    def _stack(self, start: tuple[int, ...] | None, members: list[_Planned]) -> Stack:
+        job, rows = self.job, self.whole
+        if start is not None:
+            begins = torch.tensor(start, device=job.tokens.device)
+            rows = Rows.behind(self.spec, job.tree, begins, job.n_tokens, self.clean.dtype)
+        return Stack(
+            job.model,
+            rows,
+            [(each.index, each.variant) for each in members],
+            n_pos=job.tokens.shape[1],
+            step_tokens=step_tokens(self.clean.device),
+            like=self.clean,
+        )
+
+    def run(self) -> Iterator[Swept]:
+        """Goes through the layers, and yields the stacks."""
+        job = self.job
         for layer, w in enumerate(self.weights.blocks):
-            new = [variant for variant in variants[entered:] if variant.first_layer == layer]
-            if layer == spec.n_layers - 1 and self.at is not None:
-                return self._run_last(w, stack, entered, new)
-            for part in self._parts(stack[:entered]):
-                part.copy_(block(spec, w, layer, part, self.frame))
-            if entered < len(variants):
-                taps = self._taps(layer)
-                self.clean = block(spec, w, layer, self.clean, self.frame, taps)
-                joined = stack[entered : entered + len(new)]
-                clean = {name: value for (name, _), value in taps.values.items()}
-                for variant, out in zip(new, joined, strict=True):
-                    out.copy_(_entering(spec, w, variant, clean, self.tree.row, self.tree.pos)[0])
-                if not spec.parallel:
-                    for part in self._parts(joined):
-                        part.copy_(mlp_residual(spec, w, layer, part))
-                entered += len(new)
-        return self.tree.spread(stack)[:, :, : self.n_pos]
+            reading = job.at if layer == self.spec.n_layers - 1 else None
+            if not self.ends and all(stack.first_to_enter(layer) is None for stack in self.stacks):
+                clean = CleanLayer(layer=layer, w=w, frame=self.whole.frame)
+            else:
+                clean = self._clean_step(layer, w, reading)
+            edits = [edit for stack in self.stacks for variant in stack.variants for edit in variant.at_layer(layer)]
+            taken = {} if self.source is None else self.source.step(layer, edits)
+            for stack in self.stacks:
+                stack.step(clean, taken, reading)
+        for stack in self.stacks:
+            yield Swept(indices=stack.indices, resid=stack.final(job.at, self.clean), start=stack.rows.start)
 
-    def _run_last(
-        self, w: BlockWeights, stack: Float[Tensor, "variant node d_model"], entered: int, new: Sequence[Variant]
-    ) -> Float[Tensor, "variant batch d_model"]:
-        """The last block, at the one position per prompt that is read."""
-        assert self.at is not None
-        spec, layer, rows = self.spec, self.spec.n_layers - 1, torch.arange(len(self.at), device=self.at.device)
-        final = stack.new_empty(len(stack), len(rows), spec.d_model)
-        for part, out in zip(self._parts(stack[:entered]), self._parts(final[:entered]), strict=True):
-            out.copy_(block_at(spec, w, layer, part, self.frame, self.at))
-        if new:
-            taps = self._taps(layer)
-            block_at(spec, w, layer, self.clean, self.frame, self.at, taps)
-            clean = {name: value[None] for (name, _), value in taps.values.items()}
-            for variant, out in zip(new, final[entered:], strict=True):
-                out.copy_(_entering(spec, w, variant, clean, rows, self.at)[0])
-            if not spec.parallel:
-                final[entered:] = mlp_residual(spec, w, layer, final[entered:])
-        return final
-
-    def _taps(self, layer: int) -> Taps:
-        """What the clean run shows to the variants of a layer."""
-        names = ("z", *_entering_from(self.spec))
-        return Taps.of(self.spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in names])
-
-    def _parts(self, stack: Tensor) -> Sequence[Tensor]:
-        """Cuts a stack of residuals into steps."""
-        return stack.split(self.step_variants) if len(stack) else ()
+    def _clean_step(self, layer: int, w: BlockWeights, reading: Int[Tensor, " batch"] | None) -> CleanLayer:
+        """Runs the clean block, and shows what the variants that enter here are made from."""
+        spec, frame = self.spec, self.whole.frame
+        names = {name for stack in self.stacks for name in stack.captured(layer)}
+        if self.ends:
+            names |= {"k", "v"}
+        taps = Taps.of(spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in sorted(names)])
+        resid_pre = self.clean
+        at_rows = reading is not None and not names & {"q", "k", "v"}
+        if reading is not None and at_rows:
+            self.clean = block_at(spec, w, layer, self.clean, frame, reading, taps)
+        else:
+            self.clean = block(spec, w, layer, self.clean, frame, taps)
+        values = {name: value[None] if at_rows else value for (name, _), value in taps.values.items()}
+        ready_k = None
+        if self.ends:
+            ready_k = ready(spec, layer, values["k"], w.k_norm, frame)
+        return CleanLayer(
+            layer=layer, w=w, frame=frame, resid_pre=resid_pre, values=values, ready_k=ready_k, at_rows=at_rows
+        )
 
 
-def _entering_from(spec: ModelSpec) -> tuple[str, ...]:
-    """Which activations of the clean run a variant is made from, beside ``z``."""
-    if spec.parallel:
-        return ("resid_post",)
-    return ("attn_out", "resid_mid") if spec.post_norms else ("resid_mid",)
-
-
-def _entering(
-    spec: ModelSpec,
-    w: BlockWeights,
-    variant: Variant,
-    clean: Mapping[str, Tensor],
-    rows: Int[Tensor, " n"],
-    pos: Int[Tensor, " n"],
-) -> Float[Tensor, "1 n d_model"]:
-    """Returns the variant's ``resid_mid``: the clean one plus what the edited heads write differently.
-
-    In a parallel block the MLP sees nothing of it, and ``resid_post`` is returned at once.
-    """
-    edited = z = clean["z"]
-    heads: set[int] = set()
-    for edit in variant.edits:
-        edited = edit.gathered(rows, pos).apply(edited)
-        heads |= set(range(z.shape[-2])) if edit.head is None else {edit.head % z.shape[-2]}
-    if spec.post_norms:
-        # From all heads: a norm would blow up the rounding of a difference, where the edited heads are most of the sum.
-        written = write_norm(spec, "ln1_post", 0, mix_heads(w, 0, edited), w.ln1_post)
-        return clean["resid_mid"] + (written - clean["attn_out"])
-    chosen = sorted(heads)
-    change = affine((edited - z)[..., chosen, :].flatten(-2), w.W_O[chosen].flatten(0, 1), None)
-    return clean["resid_post" if spec.parallel else "resid_mid"] + change
+def _by_start(group: Sequence[_Planned]) -> list[tuple[tuple[int, ...] | None, list[_Planned]]]:
+    apart: dict[tuple[int, ...] | None, list[_Planned]] = {}
+    for each in group:
+        apart.setdefault(each.start, []).append(each)
+    return list(apart.items())

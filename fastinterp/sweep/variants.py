@@ -1,12 +1,34 @@
-"""What is changed in each run of a sweep."""
+"""What is changed in each run of a sweep, and how such a run departs from the clean one."""
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from fastinterp.errors import OptionError
 from fastinterp.model.intervene import Edit
 from fastinterp.model.spec import ModelSpec
-from fastinterp.names import check_index
+from fastinterp.names import activation, check_index
+
+BEFORE = frozenset({"resid_pre", "attn_in", "q_input", "k_input", "v_input", "ln1_scale", "ln1_normalized"})
+"""Sites in front of the attention."""
+
+ATTENTION = frozenset({"q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern"})
+"""Sites that change what some heads mix, and nothing else of the attention."""
+
+HEADS = frozenset({"z", "result"})
+"""Sites that change what some heads write."""
+
+WRITTEN = frozenset({"attn_raw", "attn_out", "resid_mid"})
+"""Sites between the heads and the MLP, each a sum with the clean one."""
+
+AFTER = frozenset({"post", "mlp_raw", "mlp_out", "resid_post"})
+"""Sites behind the MLP's nonlinearity."""
+
+Stage = Literal["block", "heads", "post", "forward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +44,57 @@ class Variant:
 
     def resolved(self, spec: ModelSpec) -> "Variant":
         """Returns the variant with layers counted from the first; raises :class:`SiteRangeError` for absent ones."""
-        return Variant(
-            edits=tuple(
-                dataclasses.replace(edit, layer=check_index("layer", edit.layer, spec.n_layers)) for edit in self.edits
-            )
-        )
+        edits = []
+        for edit in self.edits:
+            layer = check_index("layer", edit.layer, spec.n_layers)
+            dims = activation(edit.site).dims
+            if edit.head is not None:
+                n_heads = spec.attention.n_kv_heads if "kv_head" in dims else spec.n_heads
+                check_index("kv_head" if "kv_head" in dims else "head", edit.head, n_heads)
+            if edit.neuron is not None:
+                check_index("neuron", edit.neuron, spec.mlp.d_mlp)
+            edits.append(edit if edit.layer == layer else dataclasses.replace(edit, layer=layer))
+        return Variant(edits=tuple(edits))
 
     @property
     def first_layer(self) -> int:
         """The layer below which the run is the clean run."""
         return min(edit.layer for edit in self.edits)
 
+    def at_layer(self, layer: int) -> tuple[Edit, ...]:
+        """The edits of one layer, in the order given."""
+        return tuple(edit for edit in self.edits if edit.layer == layer)
+
+    def stage(self, spec: ModelSpec) -> Stage:
+        """Where the run departs from the clean one.
+
+        ``heads``: by what heads of its first layer write; ``post``: by what the MLP of that layer writes; ``block``:
+        that block is run with the edits made; ``forward``: outside of the blocks, the whole model is.
+        """
+        if not all(activation(edit.site).per_layer for edit in self.edits):
+            return "forward"
+        sites = {edit.site for edit in self.at_layer(self.first_layer)}
+        if sites <= AFTER:
+            return "post"
+        if sites & BEFORE or (spec.parallel and not sites <= ATTENTION | HEADS):
+            return "block"
+        return "heads" if sites & (ATTENTION | HEADS | WRITTEN) else "block"
+
     @property
     def enters_by_heads(self) -> bool:
         """Whether all edits are of ``z`` in one layer, so that the run differs only by what those heads write."""
         return all(edit.site == "z" and edit.layer == self.first_layer for edit in self.edits)
+
+    def start(self, n_tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """Returns the position of every prompt in front of which nothing is changed, at most its last."""
+        first = n_tokens - 1
+        for edit in self.edits:
+            if edit.positions is None:
+                return torch.zeros_like(n_tokens)
+            # The first True of a row; a row of False has none, and argmax gives 0.
+            found = edit.positions.int().argmax(-1)
+            first = torch.minimum(first, torch.where(edit.positions.any(-1), found, first))
+        return first
 
 
 def head_variants(spec: ModelSpec) -> list[Variant]:

@@ -227,7 +227,6 @@ def test_a_head_of_a_site_without_heads_is_refused():
         Edit(site="resid_mid", layer=0, head=1)
 
 
-def test_positions_of_a_site_without_positions_are_refused():
-    positions = torch.ones(1, 4, dtype=torch.bool)
-    with pytest.raises(OptionError, match=r"'pattern' has no pos axis.*positions=None"):
-        Edit(site="pattern", layer=0, positions=positions)
+def test_a_neuron_of_a_site_without_neurons_is_refused():
+    with pytest.raises(OptionError, match=r"'mlp_out' has no neuron axis.*neuron=None"):
+        Edit(site="mlp_out", layer=0, neuron=1)

@@ -1,0 +1,171 @@
+"""Edited runs that are carried through the layers together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastinterp.model.attention import Frame
+from fastinterp.model.forward import block, block_at, mlp_residual
+from fastinterp.model.intervene import Edit, Taps
+from fastinterp.model.model import Model
+from fastinterp.model.weights import BlockWeights
+from fastinterp.sweep.entering import Entrance, captured_for
+from fastinterp.sweep.rows import Rows, at_positions
+from fastinterp.sweep.source import sourced
+from fastinterp.sweep.taps import stack_edits
+from fastinterp.sweep.variants import Variant
+
+_ORDER = {"block": 0, "heads": 1, "post": 2}
+_SCORE_BYTES = 1 << 26  # of the scores of prompts' ends, which attention forms
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanLayer:
+    """The clean run in one layer: ``[1, node, ...]``; ``values`` at the rows that are read where ``at_rows``.
+
+    Empty where nobody needs it.
+    """
+
+    layer: int
+    w: BlockWeights
+    frame: Frame
+    resid_pre: Float[Tensor, "1 node d_model"] | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    ready_k: Float[Tensor, "1 node kv_head d_head"] | None = None
+    at_rows: bool = False
+
+
+class Stack:
+    """The residuals of variants that are computed at the same rows, in the order in which they enter."""
+
+    def __init__(
+        self,
+        model: Model,
+        rows: Rows,
+        members: Sequence[tuple[int, Variant]],
+        *,
+        n_pos: int,
+        step_tokens: int,
+        like: Tensor,
+    ) -> None:
+        spec = self.spec = model.spec
+        members = sorted(members, key=lambda m: (m[1].first_layer, _ORDER[m[1].stage(spec)]))
+        self.indices = [index for index, _ in members]
+        self.variants = [variant for _, variant in members]
+        self.stages = [variant.stage(spec) for variant in self.variants]
+        self.rows, self.n_pos, self.step_tokens = rows, n_pos, step_tokens
+        self.resid = like.new_empty(len(members), rows.n_rows, like.shape[-1])
+        self.entered = 0
+
+    def first_to_enter(self, layer: int) -> int | None:
+        """The first layer, from this one on, at which a variant enters."""
+        return min((v.first_layer for v in self.variants if v.first_layer >= layer), default=None)
+
+    def captured(self, layer: int) -> set[str]:
+        """What the variants that enter at a layer need of the clean run."""
+        entering = (variant for variant in self.variants[self.entered :] if variant.first_layer == layer)
+        return {name for variant in entering for name in captured_for(self.spec, variant)}
+
+    def step(self, clean: CleanLayer, taken: Mapping[str, Tensor], reading: Int[Tensor, " batch"] | None) -> None:
+        """Takes the stack through a block, with the variants that enter there.
+
+        With ``reading``, in the last layer, only those positions are kept: ``[variant, batch, d_model]``.
+        """
+        layer = clean.layer
+        new = {
+            stage: [i for i, v in enumerate(self.variants) if v.first_layer == layer and self.stages[i] == stage]
+            for stage in _ORDER
+        }
+        for i in new["block"]:
+            assert clean.resid_pre is not None
+            self.resid[i] = self.rows.of_clean(clean.resid_pre)[0]
+        through = self.entered + len(new["block"])
+        self.entered = through + len(new["heads"]) + len(new["post"])
+        edits = {i: sourced(self.variants[i].at_layer(layer), taken) for i in range(self.entered)}
+        out = self.resid
+        if reading is not None:
+            out = self.resid.new_empty(len(self.variants), len(reading), self.resid.shape[-1])
+        self._through_block(clean, out, range(through), edits, reading)
+        rows = self.rows if reading is None else at_positions(self.rows.tree, self.rows.frame, reading)
+        if new["heads"] or new["post"]:
+            entrance = Entrance(
+                spec=self.spec, w=clean.w, layer=layer, clean=clean.values, rows=rows, sequences=clean.frame,
+                n_pos=self.n_pos, at_rows=clean.at_rows,
+            )  # fmt: skip
+            for i in new["heads"]:
+                out[i] = entrance.enter(edits[i], "heads")[0]
+            for i in new["post"]:
+                out[i] = entrance.enter(edits[i], "post")[0]
+        if not self.spec.parallel:
+            self._through_mlp(clean, out, new["heads"], edits, rows)
+        self.resid = out
+
+    def _through_block(
+        self,
+        clean: CleanLayer,
+        out: Float[Tensor, "variant row_or_batch d_model"],
+        members: range,
+        edits: Mapping[int, Sequence[Edit]],
+        reading: Int[Tensor, " batch"] | None,
+    ) -> None:
+        if not members:
+            return
+        spec, rows, frame = self.spec, self.rows, self.rows.frame
+        if rows.start is not None:
+            assert clean.ready_k is not None
+            frame = rows.seeing(clean.ready_k, clean.values["v"])
+        for part in self._parts(members, self._step_variants()):
+            resid = self.resid[part.start : part.stop]
+            taps = self._taps(part, edits, rows)
+            if reading is None:
+                out[part.start : part.stop] = block(spec, clean.w, clean.layer, resid, frame, taps)
+            elif rows.start is None and not taps.edits:
+                out[part.start : part.stop] = block_at(spec, clean.w, clean.layer, resid, frame, reading)
+            else:
+                whole = block(spec, clean.w, clean.layer, resid, frame, taps)
+                out[part.start : part.stop] = rows.read(whole, reading)
+
+    def _through_mlp(
+        self, clean: CleanLayer, out: Tensor, members: Sequence[int], edits: Mapping[int, Sequence[Edit]], rows: Rows
+    ) -> None:
+        """The second half of the block, for variants that entered in front of it."""
+        if not members:
+            return
+        size = max(1, self.step_tokens // rows.n_rows)
+        for part in self._parts(range(members[0], members[-1] + 1), size):
+            resid = out[part.start : part.stop]
+            resid.copy_(mlp_residual(self.spec, clean.w, clean.layer, resid, self._taps(part, edits, rows)))
+
+    def _taps(self, part: range, edits: Mapping[int, Sequence[Edit]], rows: Rows) -> Taps:
+        return Taps(edits=stack_edits([edits[i] for i in part], rows.row, rows.pos, self.n_pos))
+
+    def _step_variants(self) -> int:
+        rows, tree = self.rows, self.rows.tree
+        if rows.start is None:
+            # Attention spreads keys and values over all positions, whatever the tree saves elsewhere.
+            return max(1, self.step_tokens // max(tree.n_nodes, tree.node.numel() // 2))
+        n_keys = int(rows.start.max()) + rows.width
+        scores = rows.n_rows * self.spec.n_heads * n_keys * self.resid.element_size()
+        bytes_ = _SCORE_BYTES if self.resid.device.type == "cpu" else _SCORE_BYTES * 16
+        return max(1, min(self.step_tokens // rows.n_rows, bytes_ // scores))
+
+    @staticmethod
+    def _parts(members: range, size: int) -> list[range]:
+        return [members[i : i + size] for i in range(0, len(members), size)]
+
+    def final(
+        self, at: Int[Tensor, " batch"] | None, clean: Float[Tensor, "1 node_or_batch d_model"]
+    ) -> Float[Tensor, "variant batch *pos d_model"]:
+        """Returns the final residuals; ``clean`` is the clean run's, which holds in front of ``start``."""
+        rows = self.rows
+        if at is not None:
+            if rows.start is None:
+                return self.resid
+            unchanged = clean[0, rows.tree.nodes_at(at)]
+            return torch.where((at < rows.start)[:, None], unchanged, self.resid)
+        if rows.start is not None:
+            return self.resid.unflatten(1, (len(rows.start), rows.width))
+        return rows.tree.spread(self.resid)[:, :, : self.n_pos]
