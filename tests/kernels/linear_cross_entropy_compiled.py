@@ -46,10 +46,11 @@ def compile_forward(
 ) -> Compiled:
     """``ids``: with ranks and best tokens. ``along_d``: a transposed ``W_U``, or a slab for tf32."""
     from fastinterp_kernels.linear_cross_entropy.triton_kernel import reduce_logits_kernel
-    from fastinterp_kernels.linear_cross_entropy.triton_tiles import default_tiling
+    from fastinterp_kernels.linear_cross_entropy.triton_tiles import default_tiling, register_limit
 
     tiling = default_tiling(DTYPES[dtype], precision, ids=ids, kl=kl)
     along_d = precision == "tf32" if along_d is None else along_d
+    limit = register_limit(DTYPES[dtype], precision, ids=ids, kl=kl, along_d=along_d)
     types, constants, divisible = _tile(dtype, precision, tiling, kl, along_d)
     types |= {"maximum_ptr": "*fp32", "total_ptr": "*fp32"}
     _optional(types, constants, ids, best_ptr="*fp32", best_id_ptr="*i32")
@@ -57,7 +58,7 @@ def compile_forward(
     _optional(types, constants, kl, y_maximum_ptr="*fp32", y_total_ptr="*fp32", cross_ptr="*fp32")
     return compile_for(
         reduce_logits_kernel, types, constants, capability, divisible=[*divisible, "chunk_columns"],
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, max_registers=limit,
     )  # fmt: skip
 
 

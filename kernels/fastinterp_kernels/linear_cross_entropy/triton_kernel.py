@@ -19,6 +19,7 @@ from fastinterp_kernels.linear_cross_entropy.triton_tiles import (
     Block,
     default_tiling,
     operand_dtype,
+    register_limit,
     row_blocks,
     soft_capped,
     tile_logits,
@@ -246,6 +247,10 @@ def _reduce_block(problem: Problem, block: Block, count: Tensor | None, tiling: 
             if not state:  # the first slab, the widest, fixes the number of chunks
                 state = _empty_state(problem, block, min(n_tiles, triton.cdiv(PROGRAMS, n_row_tiles)))
             n_chunks = len(state["total"])
+            limit = register_limit(
+                operand_dtype(problem), problem.precision, ids=count is not None or problem.top1,
+                kl=block.y is not None, along_d=W.stride(0) == 1,
+            )  # fmt: skip
             reduce_logits_kernel[(n_row_tiles, n_chunks)](
                 block.x, block.x_low, block.y, block.y_low, W, W_low,
                 None if b_U is None else b_U[first : first + W.shape[1]],
@@ -253,7 +258,7 @@ def _reduce_block(problem: Problem, block: Block, count: Tensor | None, tiling: 
                 state.get("y_maximum"), state.get("y_total"), state.get("cross"), targets, thresholds, count,
                 block.n_rows, W.shape[0], W.shape[1], first, triton.cdiv(n_tiles, n_chunks) * tiling.vocab,
                 problem.targets.shape[1], block.x.stride(0), W.stride(0), W.stride(1), problem.softcap,
-                **tile_options(problem, block.x, W, tiling),
+                **tile_options(problem, block.x, W, tiling), maxnreg=limit,
             )  # fmt: skip
     return state
 

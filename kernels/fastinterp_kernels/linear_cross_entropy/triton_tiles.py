@@ -156,6 +156,18 @@ def default_tiling(dtype: torch.dtype, precision: Precision, *, ids: bool = Fals
     return replace(tiling, row=64) if kl else tiling  # a second tile of logits needs registers
 
 
+def register_limit(
+    dtype: torch.dtype, precision: Precision, *, ids: bool = False, kl: bool = False, along_d: bool = False
+) -> int | None:
+    """Registers per thread of ``reduce_logits_kernel``; None leaves the number to the assembler.
+
+    ``along_d``: neighbours in memory lie along ``d_model``. Exact products of these then spill 32 bytes on sm_90,
+    outside of the products' loop, to come down to 128 registers; told to use no more, the assembler finds 128
+    without spills.
+    """
+    return 128 if dtype == torch.float32 and precision == "exact" and ids and along_d and not kl else None
+
+
 def tile_options(problem: Problem, x: Tensor, W: Tensor, tiling: Tiling) -> dict[str, Any]:
     """The options of a kernel that calls ``tile_logits`` on these operands."""
     return dict(
