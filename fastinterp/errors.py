@@ -89,6 +89,10 @@ class OptionError(FastinterpError, ValueError):
     """An option whose value is not one of those offered."""
 
 
+class InputTypeError(FastinterpError, TypeError):
+    """A model or prompts of a kind that the analysis does not take; the message says what to type."""
+
+
 class MetricError(FastinterpError, ValueError):
     """A metric that does not fit the prompts or the analysis."""
 

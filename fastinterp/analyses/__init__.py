@@ -7,6 +7,15 @@ from fastinterp.analyses.direct_logit_attribution import DirectLogitAttribution,
 from fastinterp.analyses.head_logits import HeadLogits, head_logits
 from fastinterp.analyses.logit_lens import LogitLens, logit_lens
 from fastinterp.analyses.weight_logits import weight_logits
+from fastinterp.prompts.given import accepting
+
+# What people call takes a HookedTransformer and lists of prompts too; here, so that it is the same for all.
+ablate = accepting(ablate)
+direct_effect = accepting(direct_effect)
+direct_logit_attribution = accepting(direct_logit_attribution)
+head_logits = accepting(head_logits)
+logit_lens = accepting(logit_lens)
+weight_logits = accepting(weight_logits)
 
 __all__ = [
     "Ablation",

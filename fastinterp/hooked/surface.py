@@ -1,5 +1,6 @@
 """What a ``HookedTransformer`` says about its model: settings, parameters, text to tokens and back, where it is."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -36,6 +37,23 @@ class Surface(ParameterSurface):
         self._levels = itertools.count(-1, -1)
         bos = model.spec.default_prepend_bos if default_prepend_bos is None else default_prepend_bos
         self.text = Text(model, bos)
+
+    def plain_model(self) -> Model:
+        """Returns the model for analyses, which run no hooks, with this one's default for BOS.
+
+        Raises:
+            OptionError: functions at hook points, which would be passed over.
+        """
+        hooked = [point.name for point in self.points.hooked()]
+        if hooked:
+            raise OptionError(
+                f"the HookedTransformer has hooks ({', '.join(hooked[:3])}{', ...' if len(hooked) > 3 else ''}), which "
+                "analyses do not run: type model.reset_hooks(), or give model.model to do without them"
+            )
+        spec, bos = self.model.spec, self.text.default_prepend_bos
+        if spec.default_prepend_bos == bos:
+            return self.model
+        return dataclasses.replace(self.model, spec=dataclasses.replace(spec, default_prepend_bos=bos))
 
     # Settings ----------------------------------------------------------------------------------------------------
 
