@@ -129,6 +129,27 @@ def test_no_rows() -> None:
         assert found.rank.shape == (0, 3, 2)
 
 
+@pytest.mark.parametrize("n_rows", [3, 60])
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_layers_without_heads(backend: str, n_rows: int) -> None:
+    case = random_case(n_rows, 300, n_heads=2)
+    none = random_case(n_rows, 300, n_heads=0, d_head=24)
+    every = head_logits(case.z, case.W_O, case.W_U, **case.everything(), backend=backend)
+    found = head_logits(
+        none.z + case.z + none.z, none.W_O + case.W_O + none.W_O, case.W_U, **case.everything(), backend=backend
+    )
+    torch.testing.assert_close(tuple(found), tuple(every))
+    alone = head_logits(none.z, none.W_O, case.W_U, **case.everything(), backend=backend)
+    assert alone.top_ids.shape == (n_rows, 0, 10)
+    assert alone.target_logit.shape == (n_rows, 0, 1)
+
+
+def test_no_d_head() -> None:
+    case = random_case(5, 300, d_head=16)
+    with pytest.raises(ValueError, match=r"d_head is \[0\] by layer"):
+        head_logits(case.z[0][..., :0], case.W_O[0][:, :0], case.W_U, k=3)
+
+
 PRECISION_ERRORS = {"bf16x3": (2e-6, 1e-3), "tf32": (2e-4, 2e-2), "bf16": (2e-3, 0.2)}
 
 

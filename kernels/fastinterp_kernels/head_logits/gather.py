@@ -87,6 +87,8 @@ def _weights(
     """Which heads of the output, their z, and their W_O with one row for each entry of z, some heads at a time."""
     first = 0
     for z, W_O in layers:
+        if not z.shape[1]:
+            continue
         step = max(1, _WEIGHT_BYTES // (W_O.shape[1] * W_O.shape[2] * dtype.itemsize))
         for some_z, some_W_O in zip(z.split(step, dim=1), W_O.split(step)):
             heads = slice(first, first + some_z.shape[1])

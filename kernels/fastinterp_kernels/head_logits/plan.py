@@ -92,7 +92,7 @@ def tiled_head_logits(
         return job.out
     first = 0
     # Heads of neighbouring layers share a pass over W_U where they go by their results.
-    for few_rows, some in itertools.groupby(layers, _by_result):
+    for few_rows, some in itertools.groupby((layer for layer in layers if layer[0].shape[1]), _by_result):
         some_layers = list(some)
         if few_rows:
             job.by_results(first, some_layers)

@@ -50,6 +50,8 @@ def check_inputs(layers: Sequence[tuple[Tensor, Tensor]], W_U: Tensor, wanted: W
     ``layers`` as from ``as_layers``, which checks them by themselves.
     """
     z, W_O = layers[0]
+    if not all(weight.shape[1] for _, weight in layers):
+        raise ValueError(f"d_head is {[weight.shape[1] for _, weight in layers]} by layer; expected at least 1.")
     check_unembedding(W_O.shape[2], W_U, None)
     check_float(W_U=W_U)
     named = {f"{name}[{i}]": tensor for i, pair in enumerate(layers) for name, tensor in zip(("z", "W_O"), pair)}

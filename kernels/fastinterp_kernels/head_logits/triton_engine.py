@@ -64,11 +64,12 @@ class TritonEngine(Engine):
     def head_block(self, n_rows: int, d_head: int, d_vocab: int) -> Block:
         columns = self._columns(d_head, d_vocab)
         heads = max(1, _WEIGHT_BYTES // (columns * self._entry_bytes(d_head)))
-        return Block(heads=heads, rows=min(n_rows, self._rows(columns) // heads), columns=columns)
+        rows = max(1, self._rows(columns, d_head) // heads)
+        return Block(heads=heads, rows=min(n_rows, rows), columns=columns)
 
     def vector_block(self, n_vectors: int, d_model: int, d_vocab: int) -> Block:
         columns = self._columns(d_model, d_vocab)
-        rows = max(1, min(n_vectors, self._rows(columns), _VECTOR_BYTES // (4 * d_model)))
+        rows = max(1, min(n_vectors, self._rows(columns, d_model)))
         return Block(heads=1, rows=rows, columns=columns)
 
     def _entry_bytes(self, d: int) -> int:
@@ -78,10 +79,13 @@ class TritonEngine(Engine):
         most = max(_WEIGHT_BYTES // self._entry_bytes(d), 2 * self.wanted.k, 1)
         return -(-min(most, d_vocab) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
-    def _rows(self, columns: int) -> int:
-        """Rows, of all heads together."""
-        extremes, candidates = 8 * columns // GROUP, 4 * min(self.wanted.k * GROUP, columns)
-        return max(128, min(_EXTREME_BYTES // extremes, _CANDIDATE_BYTES // max(candidates, 1)) // 128 * 128)
+    def _rows(self, columns: int, d: int) -> int:
+        """Rows, of all heads together: few launches, whose fixed time would be that of a large product."""
+        rows = _VECTOR_BYTES // (4 * d)
+        if self.wanted.k:
+            extremes, candidates = 8 * columns // GROUP, 4 * min(self.wanted.k * GROUP, columns)
+            rows = min(rows, _EXTREME_BYTES // extremes, _CANDIDATE_BYTES // candidates)
+        return max(128, rows // 128 * 128)
 
     # Operands
 
