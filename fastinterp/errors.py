@@ -70,6 +70,10 @@ class AnswerTokenError(PromptError):
     """An answer that is missing, or is not one token; the message shows its tokenisation."""
 
 
+class AnswerSpaceWarning(UserWarning):
+    """An answer without the leading space that continues its prompt: usually another token than the one meant."""
+
+
 class PromptPairError(PromptError):
     """Clean and corrupt prompt of one row differ in length."""
 

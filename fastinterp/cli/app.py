@@ -1,13 +1,15 @@
 """Puts the subcommands together, and turns errors raised on purpose into a message and an exit status."""
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
 import fastinterp
 from fastinterp.cli import demo, info, report, scan, tasks
 from fastinterp.cli.interrupt import Interrupted
-from fastinterp.errors import FastinterpError
+from fastinterp.errors import AnswerSpaceWarning, FastinterpError
 
 app = typer.Typer(
     name="fastinterp",
@@ -41,7 +43,9 @@ def root(
 def main() -> None:
     """Runs the command line. Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130/143 interrupted."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _plainly(warnings.showwarning)
+            app()
     except FastinterpError as error:
         print(f"fastinterp: {error}", file=sys.stderr)
         sys.exit(1)
@@ -52,3 +56,15 @@ def main() -> None:
         # Disk full, permissions: what was committed is kept, and running the command again resumes.
         print(f"fastinterp: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _plainly(usual: Any) -> Any:
+    """Shows what prompts are warned of as one line, everything else as usual."""
+
+    def show(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, AnswerSpaceWarning):
+            print(f"fastinterp: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **options)
+
+    return show

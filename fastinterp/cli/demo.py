@@ -36,7 +36,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     prompt_file, store, page = out / "prompts.jsonl", out / "ioi.zarr", out / "ioi.html"
 
-    say(f"loading {path.name}")
+    say(f"loading {path}")
     model = fastinterp.load(path)
     prompts = ioi(n, seed=0, model=model)
     prompts.write(prompt_file)
@@ -52,7 +52,7 @@ def demo(
     run_and_tell(model, planned, store)
 
     dataset = open_dataset(store)
-    for name in ("direct_effect", "logit_diff_zero"):
+    for name in ("direct_effect", "logit_diff_zero_total"):
         array = dataset[name].compute()
         top = top_heads(array, k=10)
         for direction, table in (("positive", top.positive), ("negative", top.negative)):

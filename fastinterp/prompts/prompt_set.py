@@ -188,7 +188,8 @@ class PromptSet:
 
         ``bad_prompts="reject"`` lists such rows in ``rejected`` instead and leaves them out of batches. A text
         prompt without a tokenizer raises :class:`~fastinterp.errors.TokenizerMissingError`, an unknown option
-        :class:`~fastinterp.errors.OptionError`, both in any case.
+        :class:`~fastinterp.errors.OptionError`, both in any case. An answer such as ``"Mary"`` behind a prompt that
+        ends in a word, where ``" Mary"`` is a token too, warns (:class:`~fastinterp.errors.AnswerSpaceWarning`).
 
         >>> tokenized = prompts.tokenize(model, bad_prompts="reject")  # doctest: +SKIP
         >>> [rejection.reason for rejection in tokenized.rejected]  # doctest: +SKIP

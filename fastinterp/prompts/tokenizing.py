@@ -1,5 +1,6 @@
 """From a prompt set to token ids, with every check that keeps bad input from becoming a number."""
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from fastinterp.errors import (
+    AnswerSpaceWarning,
     AnswerTokenError,
     EmptyPromptError,
     OptionError,
@@ -23,6 +25,7 @@ from fastinterp.prompts.tokenized import Rejection, TokenizedPrompts
 
 AnswerToken = Literal["single", "first"]
 _SHOWN = 10
+_BEFORE_A_SPACE = (",", ";", ":", "?", "!", "%")
 
 # What to type, in Python and on the command line.
 REJECT = 'bad_prompts="reject" (--bad-prompts reject)'
@@ -73,6 +76,7 @@ def tokenize_prompts(
     if problems and bad_prompts == "error":
         raise _combined(list(problems.values()), len(prompts))
     kept = [row not in problems for row in range(len(prompts))]
+    _warn_of_spaces(encoded, kept)
     tokens = _arrays(encoded.clean, kept)
     return TokenizedPrompts(
         tokens=tokens,
@@ -246,6 +250,41 @@ def _space_hint(encoded: _Encoded, word: str) -> str:
     if other and len(encoded.model.encode([other], prepend_bos=False)[0]) == 1:
         return f" ({other!r}, {how} leading space, is one)"
     return ""
+
+
+def _warn_of_spaces(encoded: _Encoded, kept: Sequence[bool]) -> None:
+    """Warns of words that continue a prompt without the space that this tokenizer keeps with a word."""
+    words = [word for word in encoded.words if word[:1].isalpha()]
+    spaced = dict(zip(words, _encode(encoded.model, [" " + word for word in words], False), strict=True))
+    meant = {
+        word
+        for word, tokens in spaced.items()
+        # Where the word with its space is no single token, the one without may be what is wanted.
+        if len(tokens) == 1 and tokens[0] != encoded.words[word][0] and len(encoded.words[word]) == 1
+    }
+    found = [
+        (row, column, word)
+        for column in ("answer", "wrong")
+        for row, value in enumerate(getattr(encoded.prompts, column) or ())
+        for word in _alternatives(value)
+        if kept[row] and word in meant and _ends_in_a_word(encoded.prompts.prompts[row])
+    ]
+    if not found:
+        return
+    row, column, word = found[0]
+    more = "" if len(found) == 1 else f", and {len(found) - 1} more"
+    warnings.warn(
+        f"{column} {word!r} of prompt {row} (id {encoded.prompts.ids[row]!r}) is another token than {' ' + word!r}, "
+        f"which is what follows a prompt that ends without a space{more}: type {' ' + word!r}, or the token id "
+        f"{encoded.words[word][0]} if the word shall be joined on",
+        AnswerSpaceWarning,
+        stacklevel=4,
+    )
+
+
+def _ends_in_a_word(prompt: Prompt) -> bool:
+    """Whether a space is what comes next in text; not after a quote, a bracket or the marks of a chat."""
+    return isinstance(prompt, str) and (prompt[-1:].isalnum() or prompt[-1:] in _BEFORE_A_SPACE)
 
 
 def _combined(problems: list[PromptError], size: int) -> PromptError:

@@ -29,6 +29,14 @@ RECENT_BLOCKS = 8
 RECENT_BYTES = 1024 * MEGABYTE
 
 
+# What a hash that differs says.
+MEANINGS = {
+    "identity.input_hash": " (the prompts, answers or ids are not the same)",
+    "identity.weights_sha256": " (the weights are not the same)",
+    "identity.tokenizer_hash": " (the tokenizer is not the same)",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Begun:
     """A store that is locked, complete in its metadata and has no file of a block that is not committed."""
@@ -185,13 +193,17 @@ def _sweep_zarr(paths: StorePaths, spec: StoreSpec, committed: set[str]) -> None
 
 
 def check_same(paths: StorePaths, there: Mapping[str, Any], spec: StoreSpec) -> None:
-    """Raises :class:`StoreMismatchError` with one line for each field in which the specifications differ."""
+    """Raises :class:`StoreMismatchError` with one line for each field in which the specifications differ.
+
+    Causes stand in front of what follows from them: prompts, model and options, then sizes and arrays.
+    """
     store, run = dict(_flat(there)), dict(_flat(spec.to_json()))
     if store == run:
         return
     lines = [
         f"{field.removeprefix('identity.')}: store has {_shown(store, field)}, this run has {_shown(run, field)}"
-        for field in sorted(store.keys() | run.keys())
+        + MEANINGS.get(field, "")
+        for field in sorted(store.keys() | run.keys(), key=_rank)
         if field not in store or field not in run or store[field] != run[field]
     ]
     raise StoreMismatchError(
@@ -199,6 +211,14 @@ def check_same(paths: StorePaths, there: Mapping[str, Any], spec: StoreSpec) -> 
         + "\n".join(lines)
         + "\nGive the same options and input again to resume it, or another path to start a new store."
     )
+
+
+def _rank(field: str) -> tuple[int, str]:
+    """Prompts first, the rest of the identity next, shapes of arrays last."""
+    if field in MEANINGS:
+        return list(MEANINGS).index(field), field
+    order = ("identity.", "n_prompts", "")
+    return len(MEANINGS) + next(i for i, prefix in enumerate(order) if field.startswith(prefix)), field
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

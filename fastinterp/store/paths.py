@@ -92,6 +92,8 @@ def group_attributes(zarr: Path) -> dict[str, Any]:
         known = isinstance(attributes["spec_hash"], str) and isinstance(version, int)
     except FileNotFoundError:
         raise StoreError(f"{refusal} (it has no zarr.json): {advice}") from None
+    except NotADirectoryError:
+        raise StoreError(f"{refusal} but a file: {advice}{_hint(zarr)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{refusal} (its zarr.json has no fastinterp attributes: {error!r}): {advice}") from None
     if not known:
@@ -101,6 +103,13 @@ def group_attributes(zarr: Path) -> dict[str, Any]:
             f"{zarr} has format {version}, this fastinterp reads up to {FORMAT_VERSION}: upgrade fastinterp"
         )
     return dict(attributes)
+
+
+def _hint(file: Path) -> str:
+    """What a file is for that was given in place of a store."""
+    if file.suffix.lower() in (".jsonl", ".csv", ".txt", ".parquet"):
+        return f" (prompts are scanned with: fastinterp scan --model MODEL --prompts {file} --out run.zarr)"
+    return f" (a model is scanned with: fastinterp scan --model {file} ...)" if file.suffix == ".gguf" else ""
 
 
 def check_side(paths: StorePaths) -> None:

@@ -162,10 +162,10 @@ def test_another_specification_is_refused_field_by_field(sample, run, tree):
     with pytest.raises(StoreMismatchError) as caught:
         StoreWriter.open(run, spec)
     assert str(caught.value).splitlines()[1:-1] == [
-        "block_size: store has 4, this run has 6",
-        "coords.layer.values: store has [0, 1], this run has [0, 5]",
         'model.weights_sha256: store has "abc", this run has "xyz"',
         "seed: store has no such field, this run has 3",
+        "block_size: store has 4, this run has 6",
+        "coords.layer.values: store has [0, 1], this run has [0, 5]",
     ]
     assert tree(run) == before
     # Attributes may differ; those of the first run stay. The refusal gave the lock back.
