@@ -72,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="smollm2, gpt2-random, a folder, a .gguf file or a hub name (default: %(default)s)",
+        help="smollm2, gpt2-random, tiny-random, a folder, a .gguf file or a hub name (default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(

@@ -102,12 +102,13 @@ class Fixtures:
 
 
 def load_fixtures(name: str, device: torch.device) -> Fixtures:
-    """Loads ``smollm2``, ``gpt2-random``, a directory, a ``.gguf`` file or a hub name, once, in float32."""
-    if name == "gpt2-random":
+    """Loads ``smollm2``, ``gpt2-random``, ``tiny-random``, a directory, a ``.gguf`` file or a hub name, in float32."""
+    if name in ("gpt2-random", "tiny-random"):
+        tiny = name == "tiny-random"
         return fixtures_from(
-            random_gpt2(),
+            random_gpt2(n_layer=2, n_head=2, n_embd=64, vocab_size=211) if tiny else random_gpt2(),
             stand_in_tokenizer(),
-            name="GPT-2 small (random)",
+            name="tiny GPT-2 (random)" if tiny else "GPT-2 small (random)",
             device=device,
             random_tokens=True,
         )
