@@ -5,7 +5,9 @@
 | ``logit`` | logit of the answer (mean over several answers) | logits | answer |
 | ``logit_diff`` | logit of the answer minus logit of the wrong answer (means over several) | logits | answer, wrong |
 | ``logprob`` | log-probability of the answer (of any of several answers) | nats | answer |
+| ``prob`` | probability of the answer (of any of several answers) | 1 | answer |
 | ``rank`` | number of tokens with a larger logit than the answer (the best of several), 0 is best | tokens | answer |
+| ``top1`` | 1 if no token has a larger logit than the answer (than the best of several), else 0 | 1 | answer |
 | ``kl`` | KL divergence of the distribution from the clean run's: ``KL(clean || this)`` | nats | - |
 | ``loss`` | minus log-probability of the prompt's own next token, at every position that has one | nats | - |
 
@@ -16,7 +18,7 @@ the metrics are those of the bounded logits, which are what the model gives; dir
 logits in front of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -28,7 +30,7 @@ from torch import Tensor
 from fastinterp.errors import MetricError, nearest
 from fastinterp_kernels.linear_cross_entropy import linear_cross_entropy
 
-MetricName = Literal["logit_diff", "logit", "logprob", "rank", "kl", "loss", "none"]
+MetricName = Literal["logit_diff", "logit", "logprob", "prob", "rank", "top1", "kl", "loss", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Metric:
     """
 
     name: MetricName
-    units: Literal["logits", "nats", "tokens"]
+    units: Literal["logits", "nats", "tokens", "1"]
     long_name: str
     needs: tuple[Literal["answer", "wrong"], ...]
     linear: bool
@@ -66,10 +68,18 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 needs=("answer",),
                 linear=False,
             ),
+            Metric(name="prob", units="1", long_name="probability of the answer", needs=("answer",), linear=False),
             Metric(
                 name="rank",
                 units="tokens",
                 long_name="number of tokens with a larger logit than the answer",
+                needs=("answer",),
+                linear=False,
+            ),
+            Metric(
+                name="top1",
+                units="1",
+                long_name="whether no token has a larger logit than the answer",
                 needs=("answer",),
                 linear=False,
             ),
@@ -93,6 +103,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     }
 )
 
+
+RANKED = frozenset({"rank", "top1"})
+"""Metrics that count the tokens with a larger logit."""
 
 NO_METRIC = Metric(name="none", units="logits", long_name="nothing is measured", needs=(), linear=True)
 """For analyses that look at no answer."""
@@ -167,30 +180,67 @@ def evaluate(
     ``clean`` is the clean run's residual, which ``relative`` metrics compare with. Memory: nothing of size ``d_vocab``
     per row; all but linear metrics go through vocabulary tiles.
     """
-    if metric.linear and softcap is not None:
+    return evaluate_all((metric,), x, W_U, b_U, answer, wrong, softcap=softcap, clean=clean)[metric.name]
+
+
+def evaluate_all(
+    metrics: Sequence[Metric],
+    x: Float[Tensor, "variant batch d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    answer: Int[Tensor, "batch k"],
+    wrong: Int[Tensor, "batch k2"] | None,
+    *,
+    softcap: float | None = None,
+    clean: Float[Tensor, "batch d_model"] | None = None,
+) -> dict[str, Float[Tensor, "variant batch"]]:
+    """Returns several metrics as :func:`evaluate` does, with one pass over the vocabulary for all that need one."""
+    values = {m.name: _linear(m, x, W_U, b_U, answer, wrong, softcap) for m in metrics if m.linear}
+    full = [metric for metric in metrics if not metric.linear]
+    if full:
+        n_variants = x.shape[0]
+        targets = answer if any("answer" in metric.needs for metric in full) else answer[:, :0]
+        relative = any(metric.relative for metric in full)
+        scored = linear_cross_entropy(
+            x.flatten(0, 1),
+            W_U,
+            targets.repeat(n_variants, 1),
+            b_U,
+            softcap=softcap,
+            rank=any(metric.name in RANKED for metric in full),
+            kl_from=clean.repeat(n_variants, 1) if relative and clean is not None else None,
+        )
+        for metric in full:
+            value = from_target_logits(
+                metric,
+                scored.target_logit,
+                targets.shape[1],
+                logsumexp=scored.logsumexp,
+                rank=scored.rank,
+                kl=scored.kl,
+            )
+            values[metric.name] = value.view(x.shape[:2])
+    return {metric.name: values[metric.name] for metric in metrics}
+
+
+def _linear(
+    metric: Metric,
+    x: Float[Tensor, "variant batch d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"] | None,
+    answer: Int[Tensor, "batch k"],
+    wrong: Int[Tensor, "batch k2"] | None,
+    softcap: float | None,
+) -> Float[Tensor, "variant batch"]:
+    """A metric of single logits, from their columns of ``W_U`` alone."""
+    if softcap is not None:
         value = _mean_logit(x, W_U, b_U, answer, softcap)
         if wrong is not None and "wrong" in metric.needs:
             value = value - _mean_logit(x, W_U, b_U, wrong, softcap)
         return value
-    if metric.linear:
-        u, c = answer_direction(W_U, b_U, answer, wrong if "wrong" in metric.needs else None)
-        wide = torch.promote_types(x.dtype, u.dtype)
-        return torch.einsum("vbd,bd->vb", x.to(wide), u.to(wide)) + c
-    rows = x.flatten(0, 1)
-    targets = answer if "answer" in metric.needs else answer[:, :0]
-    scored = linear_cross_entropy(
-        rows,
-        W_U,
-        targets.repeat(x.shape[0], 1),
-        b_U,
-        softcap=softcap,
-        rank=metric.name == "rank",
-        kl_from=clean.repeat(x.shape[0], 1) if metric.relative and clean is not None else None,
-    )
-    value = from_target_logits(
-        metric, scored.target_logit, targets.shape[1], logsumexp=scored.logsumexp, rank=scored.rank, kl=scored.kl
-    )
-    return value.view(x.shape[:2])
+    u, c = answer_direction(W_U, b_U, answer, wrong if "wrong" in metric.needs else None)
+    wide = torch.promote_types(x.dtype, u.dtype)
+    return torch.einsum("vbd,bd->vb", x.to(wide), u.to(wide)) + c
 
 
 def from_target_logits(
@@ -209,10 +259,12 @@ def from_target_logits(
     if metric.name == "kl":
         assert kl is not None
         return kl
-    if metric.name == "rank":
+    if metric.name in RANKED:
         assert rank is not None
-        # -1 pads several answers: the best of them counts.
-        return rank.masked_fill(rank < 0, torch.iinfo(rank.dtype).max).amin(-1).to(target_logit.dtype)
+        # -1 pads several answers: the best of them counts. Logits that are not numbers have no rank: NaN tells.
+        best = rank.masked_fill(rank < 0, torch.iinfo(rank.dtype).max).amin(-1)
+        value = (best == 0 if metric.name == "top1" else best).to(target_logit.dtype)
+        return value.masked_fill((rank < 0).all(-1), torch.nan)
     answers = target_logit[..., :n_answers]
     if metric.linear:
         value = answers.nanmean(-1)
@@ -220,7 +272,8 @@ def from_target_logits(
     assert logsumexp is not None
     if metric.per_token:
         return logsumexp - answers[..., 0]
-    return torch.logsumexp(answers.nan_to_num(nan=-torch.inf), dim=-1) - logsumexp
+    logprob = torch.logsumexp(answers.nan_to_num(nan=-torch.inf), dim=-1) - logsumexp
+    return logprob.exp() if metric.name == "prob" else logprob
 
 
 def evaluate_loss(

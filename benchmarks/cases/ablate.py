@@ -114,7 +114,7 @@ def _fast(fixtures: Fixtures, work: Workload) -> Array:
     import fastinterp
 
     found = fastinterp.ablate(fixtures.model, work.prompts, units="heads", mode="zero", metric="logit_diff")
-    return np.asarray(found["logit_diff_zero"].transpose("prompt", "layer", "head").values)
+    return np.asarray(found["logit_diff_zero_total"].transpose("prompt", "layer", "head").values)
 
 
 def needed_flops(spec: ModelSpec, tokens: torch.Tensor) -> float:

@@ -1,7 +1,16 @@
 """Analyses: pure functions of one batch, and the functions that run them over prompts and label the result."""
 
 from fastinterp.analyses.ablation import Ablation, ablate
-from fastinterp.analyses.base import Analysis, Field, collect, compute_checked, place, provenance, tokenized
+from fastinterp.analyses.base import (
+    Analysis,
+    Field,
+    collect,
+    compute_checked,
+    place,
+    prepared,
+    provenance,
+    tokenized,
+)
 from fastinterp.analyses.direct_effect import DirectEffect, direct_effect
 from fastinterp.analyses.direct_logit_attribution import DirectLogitAttribution, direct_logit_attribution
 from fastinterp.analyses.head_logits import HeadLogits, head_logits
@@ -33,6 +42,7 @@ __all__ = [
     "head_logits",
     "logit_lens",
     "place",
+    "prepared",
     "provenance",
     "tokenized",
     "weight_logits",

@@ -1,160 +1,316 @@
-"""Ablation of every head, each by itself, in one pass over the layers."""
+"""Ablation of heads, layers, MLPs, neurons or sets of them, each by itself, in one pass over the layers."""
 
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import xarray as xr
+from jaxtyping import Bool
 from torch import Tensor
 
-from fastinterp.analyses.base import Field, collect, final_scale, head_coords, tokenized
-from fastinterp.errors import check_choice
-from fastinterp.metrics import Metric, evaluate, evaluate_loss, get_metric
-from fastinterp.model.forward import forward, forward_at
+from fastinterp.analyses.base import Field, collect, tokenized
+from fastinterp.analyses.direct_units import direct_values
+from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, edited_positions
+from fastinterp.analyses.measuring import Clean, clean_run, measure_swept, per_token
+from fastinterp.analyses.replacements import MeanOver, Means, check_means, mean_activations, with_source
+from fastinterp.analyses.units import ChosenUnits, Part, Units, choose_units
+from fastinterp.errors import OptionError, check_choice
+from fastinterp.metrics import Metric, get_metric
+from fastinterp.model.intervene import SOURCE, Edit
 from fastinterp.model.model import Model
-from fastinterp.model.norms import apply_affine, center, divide, normalize
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import head_variants, run_variants
+from fastinterp.sweep import Variant, sweep
 
-# Variants that are measured together.
-SLICE = 16
+Mode = Literal["zero", "mean", "resample"]
+Effect = Literal["total", "direct", "both"]
 
-Units = Literal["heads"]
-Mode = Literal["zero"]
+MODES: tuple[Mode, ...] = ("zero", "mean", "resample")
 
 
 def ablate(
     model: Model,
     prompts: PromptSet | TokenizedPrompts,
     units: Units = "heads",
-    mode: Mode = "zero",
-    metric: str = "logit_diff",
+    mode: Mode | Sequence[Mode] = "zero",
+    metric: str | Sequence[str] = "logit_diff",
+    pos: EditPos = "all",
+    effect: Effect = "total",
+    reference: PromptSet | TokenizedPrompts | None = None,
+    mean_over: MeanOver = "tokens",
+    seed: int = 0,
 ) -> xr.Dataset:
-    """Returns the total effect of ablating every head, each independently of all others, and the clean metric.
+    """Returns the effect of ablating every unit, each independently of all others, and the clean metric.
 
-    ``effect = metric(run with the head ablated) - metric(clean run)``: negative means that the head helps a metric that
+    ``effect = metric(run with the unit ablated) - metric(clean run)``: negative means that the unit helps a metric that
     is better when larger (for ``loss``: positive means that it helps). Equivalent to this loop in TransformerLens::
 
         for layer, head in heads:
             def hook(z, hook): z[:, :, head] = 0.0; return z
             logits = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", hook)])
 
-    All variants of a batch go through the model together and share the clean run below their layer.
+    All variants of a batch go through the model together and share the clean run below their layer, and in front of
+    the first ablated position.
 
     Args:
-        units: ``"heads"``: every query head.
-        mode: ``"zero"`` replaces ``z`` of the head by 0 at every position; ``b_O`` stays.
-        metric: ``logit_diff``, ``logit``, ``logprob``, ``rank`` or ``kl`` at the prompt's last token, or ``loss`` at
-            every token.
+        units: ``"heads"`` (``z`` of every query head, ``b_O`` stays), ``"mlps"`` (``mlp_out``), ``"attns"``
+            (``attn_out``), ``"layers"`` (both), ``"neurons"`` (``post``), or a list of heads ``(10, 7)``, labels
+            (``"L10H7"``, ``"MLP3"``, ``"ATTN3"``, ``"L3N17"``) and lists of these, which are ablated together.
+        mode: what stands in place: ``"zero"``; ``"mean"`` over all tokens of ``reference``; ``"resample"``, what the
+            unit gives in the corrupt prompt (without a corrupt column: in another prompt of the same length, drawn by
+            ``seed``). Several at once share the clean run.
+        metric: any metric, or several, which share the sweep. All are read at the prompt's last token, but ``loss``
+            at every token.
+        pos: where units are ablated: ``"all"``, an integer (-1 is the prompt's last token), a slice, one integer for
+            each prompt, or ``"each"``: every position by itself, along a dim ``edit_pos``.
+        effect: ``"total"`` runs the rest of the model again; ``"direct"`` changes what the unit adds to the logits
+            alone, with the final norm's (and post-norms') scale frozen; ``"both"``.
+        reference: prompts of the mean; by default ``prompts`` themselves.
+        mean_over: ``"tokens"``, one mean of all real tokens, or ``"pos"``, one for each position.
 
     Returns:
-        ``{metric}_zero`` (prompt, layer, head), or (prompt, pos, layer, head) for ``loss``, and ``{metric}_clean``
-        (prompt) or (prompt, pos).
+        ``{metric}_{mode}_{effect}`` (prompt, (pos), (edit_pos), units' dims) and ``{metric}_clean`` (prompt, (pos)).
+        The units' dims are ``layer, head``; ``layer``; ``layer, neuron``; or ``unit`` for a list.
 
     Raises:
         AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
+        SiteRangeError: a head, layer, neuron or position that there is not.
+        OptionError: units, modes, metrics and options that do not exist or do not go together.
+        PromptError: ``resample`` without a corrupt prompt of the same length.
 
-    Memory: one residual stream per variant of a batch (at most 1 GiB, else the heads go in groups; twice that where
+    Memory: one residual stream per variant of a batch (at most 1 GiB, else the units go in groups; twice that where
     the metric is read at every token); no logits.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:
-        >>> effect = fastinterp.ablate(model, prompts)["logit_diff_zero"].mean("prompt")       # doctest: +SKIP
-        >>> effect.isel(layer=10, head=7)                                                      # doctest: +SKIP
+        >>> effect = fastinterp.ablate(model, prompts)["logit_diff_zero_total"].mean("prompt")     # doctest: +SKIP
+        >>> effect.isel(layer=10, head=7)                                                          # doctest: +SKIP
     """
-    analysis = Ablation(units=units, mode=mode, metric_name=metric)
-    return collect(analysis, model, tokenized(model, prompts, analysis.metric))
+    modes = (mode,) if isinstance(mode, str) else tuple(mode)
+    names = (metric,) if isinstance(metric, str) else tuple(metric)
+    analysis = Ablation(
+        units=units, modes=modes, metric_names=names, pos=pos, effect=effect, mean_over=mean_over, seed=seed
+    )
+    choose_units(model.spec, units)
+    tokens = tokenized(model, prompts, analysis.metric)
+    known = None if reference is None else tokenized(model, reference, get_metric("loss"))
+    prepared, tokens = analysis.prepared(model, tokens, known)
+    return collect(prepared, model, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """The analysis behind :func:`ablate`, for one batch."""
+    """The analysis behind :func:`ablate`, for one batch; ``means`` is what ``mean`` puts in place."""
 
     units: Units = "heads"
-    mode: Mode = "zero"
-    metric_name: str = "logit_diff"
+    modes: tuple[Mode, ...] = ("zero",)
+    metric_names: tuple[str, ...] = ("logit_diff",)
+    pos: EditPos = "all"
+    effect: Effect = "total"
+    mean_over: MeanOver = "tokens"
+    seed: int = 0
+    means: Means | None = field(default=None, repr=False, compare=False)
+    n_prompts: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuses units, modes and metrics that there are not."""
-        check_choice("units", self.units, ("heads",))
-        check_choice("mode", self.mode, ("zero",))
-        get_metric(self.metric_name)
+        """Refuses modes, metrics, positions and effects that there are not."""
+        if not self.modes or len(set(self.modes)) < len(self.modes):
+            raise OptionError(f"mode={self.modes!r}: give one of {', '.join(MODES)}, or several different ones")
+        if not self.metric_names or len(set(self.metric_names)) < len(self.metric_names):
+            raise OptionError(f"metric={self.metric_names!r}: give one metric, or several different ones")
+        for mode in self.modes:
+            check_choice("mode", mode, MODES)
+        for name in self.metric_names:
+            get_metric(name)
+        check_choice("effect", self.effect, ("total", "direct", "both"))
+        check_choice("mean_over", self.mean_over, ("tokens", "pos"))
+        check_edit_pos(self.pos)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What the effects are effects on."""
+        return tuple(get_metric(name) for name in self.metric_names)
 
     @property
     def metric(self) -> Metric:
-        """What the effect is an effect on."""
-        return get_metric(self.metric_name)
+        """The metric that needs most of the prompts."""
+        return max(self.metrics, key=lambda metric: len(metric.needs))
+
+    def prepared(
+        self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None
+    ) -> tuple["Ablation", TokenizedPrompts]:
+        """Returns the analysis with its means, and the prompts with what to resample from."""
+        found = dataclasses.replace(self, n_prompts=len(prompts))
+        if "mean" in self.modes:
+            sites = choose_units(model.spec, self.units).sites
+            means = mean_activations(model, prompts if reference is None else reference, sites, self.mean_over)
+            if self.mean_over == "pos":
+                check_means(means, prompts.max_len)
+            found = dataclasses.replace(found, means=means)
+        return found, (with_source(prompts, self.seed) if "resample" in self.modes else prompts)
+
+    @property
+    def effects(self) -> tuple[Literal["total", "direct"], ...]:
+        """Which effects are wanted."""
+        return ("total", "direct") if self.effect == "both" else (self.effect,)
 
     def tokens_per_batch(self, model: Model) -> int:
         """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product."""
         spec = model.spec
-        each = spec.n_layers * spec.n_heads * spec.d_model * model.weights.W_E.element_size()
+        if self.effect == "direct":
+            return 1 << 12 if model.device.type == "cpu" else 1 << 14
+        n_variants = len(choose_units(spec, self.units).units) * len(self.modes)
+        each = n_variants * spec.d_model * model.weights.W_E.element_size()
         budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
         return max(256, budget // each)
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
-        """The clean run, and for a variant of layer ``l`` the MLP of ``l`` (none if parallel) and every block above."""
+        """The clean run, and for each variant the MLP of its layer (none if parallel) and every block above."""
+        units = choose_units(spec, self.units).units
         matrices = 0 if spec.parallel else 3 if spec.mlp.kind == "gated" else 2
         mlp = 2 * matrices * spec.d_model * spec.mlp.d_mlp
-        above = spec.n_layers * (spec.n_layers - 1) // 2
-        blocks = spec.n_heads * above + spec.n_layers
-        return float(n_tokens * (blocks * spec.flops_per_token_block() + spec.n_heads * spec.n_layers * mlp))
+        each = spec.flops_per_token_block()
+        first = [min(part.layer for part in unit) for unit in units]
+        total = sum((spec.n_layers - 1 - layer) * each + mlp for layer in first) if "total" in self.effects else 0
+        return float(n_tokens * (len(self.modes) * total + spec.n_layers * each))
 
     def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
-        """The effects, and the clean metric."""
-        name, per_token = self.metric.name, self.metric.per_token
-        attrs = {"units": self.metric.units, "metric": name, "pos": "all" if per_token else "-1"}
-        pos_dims, pos_shape = (("pos",), (n_pos,)) if per_token else ((), ())
-        clean = Field(
-            name=f"{name}_clean",
-            dims=pos_dims,
-            shape=pos_shape,
-            attrs=attrs | {"long_name": self.metric.long_name, "sign": "the value itself, not an effect"},
-        )
-        effect = Field(
-            name=f"{name}_{self.mode}",
-            dims=(*pos_dims, "layer", "head"),
-            shape=(*pos_shape, spec.n_layers, spec.n_heads),
-            attrs=attrs | {"long_name": f"effect of {self.mode} ablation on {name}", "sign": "ablated - clean"},
-            coords=head_coords(spec),
-        )
-        return clean, effect
+        """The effects, and the clean metrics."""
+        chosen = choose_units(spec, self.units)
+        described: list[Field] = []
+        for metric in self.metrics:
+            attrs = {"units": metric.units, "metric": metric.name, "pos": "all" if metric.per_token else "-1"}
+            pos_dims, pos_shape = (("pos",), (n_pos,)) if metric.per_token else ((), ())
+            described.append(
+                Field(
+                    name=f"{metric.name}_clean",
+                    dims=pos_dims,
+                    shape=pos_shape,
+                    attrs=attrs | {"long_name": metric.long_name, "sign": "the value itself, not an effect"},
+                )
+            )
+            dims, shape, coords = (*pos_dims, *chosen.dims), (*pos_shape, *chosen.shape), dict(chosen.coords)
+            if self.pos == "each":
+                at = len(pos_dims)
+                dims, shape = (*dims[:at], "edit_pos", *dims[at:]), (*shape[:at], n_pos, *shape[at:])
+                coords["edit_pos"] = (("edit_pos",), list(range(n_pos)))
+            for mode in self.modes:
+                for effect in self.effects:
+                    extra = {"long_name": f"{effect} effect of {mode} ablation on {metric.name}"}
+                    extra |= {"sign": "ablated - clean", "ablated_pos": _described(self.pos)}
+                    if effect == "direct":
+                        extra["final_norm_scale"] = "frozen at the clean run"
+                    if mode == "mean":
+                        extra["mean_over"] = self.mean_over
+                    described.append(
+                        Field(
+                            name=f"{metric.name}_{mode}_{effect}",
+                            dims=dims,
+                            shape=shape,
+                            attrs=attrs | extra,
+                            coords=coords,
+                        )
+                    )
+        return tuple(described)
 
     @torch.no_grad()
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Returns ``{metric_clean: [batch, (pos)], metric_zero: [batch, (pos), layer, head]}``."""
-        spec, per_token = model.spec, self.metric.per_token
-        at = None if per_token else batch.last
-        if at is None:
-            final = forward(spec, model.weights, batch.tokens)
-        else:
-            final = forward_at(spec, model.weights, batch.tokens, batch.n_tokens, at)
-        clean = self._measure(model, final[None], batch, final)[0]
-        variants = head_variants(spec)
-        effects = clean.new_empty(len(variants), *clean.shape)
-        for indices, residuals in run_variants(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at):
-            # In slices, so that normalised copies do not double the residuals' memory.
-            for part, resid in zip(_slices(indices), residuals.split(SLICE), strict=True):
-                effects[part] = self._measure(model, resid, batch, final) - clean
-        effects = effects.movedim(0, -1).unflatten(-1, (spec.n_layers, spec.n_heads))
+        """Returns ``{metric_clean: [batch, (pos)], metric_mode_effect: [batch, (pos), (edit_pos), *units]}``."""
+        chosen = choose_units(model.spec, self.units)
+        clean = clean_run(model, batch, self.metrics)
         dtype = torch.promote_types(model.dtype, torch.float32)
-        return {f"{self.metric.name}_clean": clean.to(dtype), f"{self.metric.name}_{self.mode}": effects.to(dtype)}
+        found = {f"{name}_clean": value.to(dtype) for name, value in clean.values.items()}
+        wheres = self._wheres(batch)
+        if "total" in self.effects:
+            for (name, mode), effects in self._total(model, batch, chosen, clean, wheres).items():
+                found[f"{name}_{mode}_total"] = self._laid_out(effects, chosen, batch).to(dtype)
+        if "direct" in self.effects:
+            for mode in self.modes:
+                ablated = direct_values(model, batch, chosen, mode, self.means, self.metrics)
+                for name, values in ablated.items():
+                    effects = values - clean.values[name]
+                    spread = torch.stack([self._where_edited(effects, where, name, batch) for where in wheres])
+                    found[f"{name}_{mode}_direct"] = self._laid_out(spread, chosen, batch).to(dtype)
+        return found
 
-    def _measure(self, model: Model, resid: Tensor, batch: Batch, clean: Tensor) -> Tensor:
-        """Returns the metric of final residuals ``[variant, batch, (pos), d_model]``; ``clean`` is the clean run's."""
-        weights, softcap = model.weights, model.spec.final_softcap
-        if self.metric.linear:
-            # One product per variant and prompt: in float64 it costs nothing, and adds no rounding to the effect.
-            resid = resid.double()
-        scale = final_scale(model, resid, batch, every_position=self.metric.per_token)
-        x = apply_affine(divide(center(model.spec.norm, resid), scale), weights.ln_final)
-        if self.metric.per_token:
-            return evaluate_loss(x, weights.W_U, weights.b_U, batch.tokens, batch.n_tokens, softcap=softcap)
-        answer = batch.answer if batch.answer is not None else batch.tokens[:, :0]
-        unchanged = normalize(model.spec.norm, clean, weights.ln_final) if self.metric.relative else None
-        return evaluate(self.metric, x, weights.W_U, weights.b_U, answer, batch.wrong, softcap=softcap, clean=unchanged)
+    def _wheres(self, batch: Batch) -> list[Bool[Tensor, "batch pos"] | None]:
+        """Where each run of all units is edited."""
+        if self.pos != "each":
+            return [edited_positions(self.pos, batch, self.n_prompts)]
+        everywhere = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        return [(everywhere == p).expand_as(batch.tokens) for p in everywhere]
+
+    def _total(
+        self,
+        model: Model,
+        batch: Batch,
+        chosen: ChosenUnits,
+        clean: Clean,
+        wheres: Sequence[Bool[Tensor, "batch pos"] | None],
+    ) -> dict[tuple[str, Mode], Tensor]:
+        """Effects ``[where, unit, batch, (pos)]`` of running the rest of the model again."""
+        variants = [
+            Variant(edits=tuple(self._edit(part, mode, where, batch) for part in unit))
+            for mode in self.modes
+            for where in wheres
+            for unit in chosen.units
+        ]
+        shape = (len(self.modes), len(wheres), len(chosen.units))
+        out = {name: value.new_empty(len(variants), *value.shape) for name, value in clean.values.items()}
+        for swept in sweep(
+            model,
+            batch.tokens,
+            variants,
+            n_tokens=batch.n_tokens,
+            at=None if per_token(self.metrics) else batch.last,
+            source=batch.corrupt if "resample" in self.modes else None,
+        ):
+            for name, values in measure_swept(model, batch, self.metrics, swept, clean).items():
+                out[name][swept.indices] = values - clean.values[name]
+        return {
+            (name, mode): values.unflatten(0, shape)[index]
+            for name, values in out.items()
+            for index, mode in enumerate(self.modes)
+        }
+
+    def _edit(self, part: Part, mode: Mode, where: Tensor | None, batch: Batch) -> Edit:
+        replacement: Any = {"zero": 0.0, "resample": SOURCE}.get(mode)
+        if mode == "mean":
+            assert self.means is not None
+            replacement = part.of(self.means[part.site, part.layer])
+            if self.mean_over == "pos":
+                replacement = replacement[None, : batch.tokens.shape[1]]
+        return Edit(
+            site=part.site,
+            layer=part.layer,
+            head=part.head,
+            neuron=part.neuron,
+            positions=where,
+            replacement=replacement,
+        )
+
+    def _where_edited(
+        self, effects: Tensor, where: Bool[Tensor, "batch pos"] | None, name: str, batch: Batch
+    ) -> Tensor:
+        """Direct effects ``[unit, batch, (pos)]``: zero where a metric is read and nothing was edited."""
+        if where is None:
+            return effects
+        if not get_metric(name).per_token:
+            where = where[torch.arange(len(batch), device=where.device), batch.last]
+        return torch.where(where | effects.isnan(), effects, 0.0)
+
+    def _laid_out(self, effects: Tensor, chosen: ChosenUnits, batch: Batch) -> Tensor:
+        """``[where, unit, batch, (pos)]`` as ``[batch, (pos), (edit_pos), *units]``; NaN where there is no token."""
+        if self.pos == "each":
+            absent = ~batch.mask.T
+            effects = effects.masked_fill(absent.view(len(effects), 1, -1, *[1] * (effects.ndim - 3)), torch.nan)
+        moved: Tensor = effects.movedim((0, 1), (-2, -1)).unflatten(-1, chosen.shape)
+        return moved if self.pos == "each" else moved.squeeze(-1 - len(chosen.shape))
 
 
-def _slices(indices: list[int]) -> list[list[int]]:
-    return [indices[start : start + SLICE] for start in range(0, len(indices), SLICE)]
+def _described(pos: EditPos) -> str:
+    if isinstance(pos, slice):
+        return f"{'' if pos.start is None else pos.start}:{'' if pos.stop is None else pos.stop}"
+    return str(pos) if isinstance(pos, int | str) else "one for each prompt"

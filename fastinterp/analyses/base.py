@@ -21,7 +21,7 @@ from fastinterp.errors import (
     SiteRangeError,
     TokenRangeError,
 )
-from fastinterp.metrics import Metric
+from fastinterp.metrics import METRICS, Metric
 from fastinterp.model.model import Model
 from fastinterp.model.norms import norm_scale
 from fastinterp.model.spec import ModelSpec
@@ -66,7 +66,10 @@ class Analysis(Protocol):
         ...
 
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Returns every field's values for the batch, ``[batch, ...]``; ``pos`` axes are as long as the batch's."""
+        """Returns every field's values for the batch, ``[batch, ...]``; ``pos`` axes are as long as the batch's.
+
+        The analysis and the prompts are those that :func:`prepared` gives.
+        """
         ...
 
     def tokens_per_batch(self, model: Model) -> int:
@@ -154,17 +157,35 @@ def mask_padding(values: Tensor, batch: Batch) -> Tensor:
     return values.masked_fill(~mask, torch.nan)
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """An analysis that looks at all prompts once before it takes any batch: for means, or pairs of prompts."""
+
+    def prepared(self, model: Model, prompts: TokenizedPrompts) -> tuple[Analysis, TokenizedPrompts]:
+        """Returns the analysis and the prompts that its batches are made of."""
+        ...
+
+
+def prepared(analysis: Analysis, model: Model, prompts: TokenizedPrompts) -> tuple[Analysis, TokenizedPrompts]:
+    """Returns the analysis and its prompts ready for batches."""
+    return analysis.prepared(model, prompts) if isinstance(analysis, Prepares) else (analysis, prompts)
+
+
 def check_finite(field: Field, metric: Metric, values: Tensor, batch: Batch) -> None:
     """Raises :class:`NonFiniteError` for a value that is NaN or infinite, except where a prompt has none.
 
-    Along ``pos`` that is padding, and for a metric of the next token a prompt's last token.
+    Along ``pos`` and ``edit_pos`` that is padding, and for a metric of the next token a prompt's last token.
     """
     bad = ~torch.isfinite(values)
+    measured = METRICS.get(str(field.attrs.get("metric")), metric)
     if "pos" in field.dims:
         has_value = batch.mask
-        if metric.per_token:
+        if measured.per_token:
             has_value = has_value & (torch.arange(values.shape[1], device=values.device) < batch.last[:, None])
         bad &= has_value.view(*has_value.shape, *[1] * (values.ndim - 2))
+    if "edit_pos" in field.dims:
+        axis = 1 + field.dims.index("edit_pos")
+        bad &= batch.mask.view(len(batch), *[1] * (axis - 1), -1, *[1] * (values.ndim - 1 - axis))
     raise_non_finite(field.name, bad.flatten(1).any(-1) if bad.ndim > 1 else bad, batch)
 
 

@@ -1,5 +1,6 @@
 """Direct effects: the metric if a head did not write to the logits itself, for every head at once."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,12 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.analyses.base import Field, Pos, check_pos, collect, tokenized
-from fastinterp.analyses.heads import Heads, choose_heads, heads_dims
+from fastinterp.analyses.heads import ChosenHeads, Heads, choose_heads, heads_dims
+from fastinterp.analyses.replacements import mean_activations
 from fastinterp.analyses.written import Written, heads_write
 from fastinterp.errors import MetricError, check_choice
-from fastinterp.metrics import Metric, from_target_logits, get_metric
-from fastinterp.model.forward import forward
-from fastinterp.model.intervene import Taps
+from fastinterp.metrics import RANKED, Metric, from_target_logits, get_metric
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
@@ -69,31 +69,13 @@ def direct_effect(
     choose_heads(model.spec, heads)
     if mode == "mean":
         known = tokens if reference is None else tokenized(model, reference, _NEEDS_NOTHING)
-        analysis = DirectEffect(
-            heads=heads, mode=mode, metric_name=metric, pos=pos, means=mean_z(model, known, analysis.tokens_per_batch)
-        )
+        found = mean_activations(model, known, {"z": set(range(model.spec.n_layers))})
+        means = [found["z", layer] for layer in range(model.spec.n_layers)]
+        analysis = dataclasses.replace(analysis, means=means)
     return collect(analysis, model, tokens)
 
 
 _NEEDS_NOTHING = get_metric("loss")
-
-
-@torch.no_grad()
-def mean_z(model: Model, prompts: TokenizedPrompts, tokens_per_batch: object) -> list[Float[Tensor, "head d_head"]]:
-    """Returns the mean of ``z`` of every head over all real tokens, one tensor for each layer, summed in float64."""
-    spec = model.spec
-    budget = tokens_per_batch(model) if callable(tokens_per_batch) else 2048
-    total = [torch.zeros(spec.n_heads, spec.attention.d_head, dtype=torch.float64) for _ in range(spec.n_layers)]
-    count = 0
-    for batch in prompts.batches(budget):
-        batch = batch.to(model.device)
-        taps = Taps.of(spec.n_layers, capture=["z"])
-        forward(spec, model.weights, batch.tokens, taps=taps)
-        for layer in range(spec.n_layers):
-            total[layer] += taps.values["z", layer][batch.mask].double().sum(0).cpu()
-        count += int(batch.mask.sum())
-    wide = torch.promote_types(model.dtype, torch.float32)
-    return [(each / count).to(device=model.device, dtype=wide) for each in total]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +151,12 @@ class DirectEffect:
         where: Pos = "all" if self._every_position else self.pos
         written = heads_write(model, batch, where, scored_only=self.metric.per_token)
         chosen = choose_heads(model.spec, self.heads)
-        z, W_O = chosen.of(written.z, axis=1), chosen.of(written.W_O, axis=0)
         replacement = None
         if self.mode == "mean":
             assert self.means is not None
-            replacement = chosen.of(self._scaled_means(written), axis=1)
-        targets = self._targets(batch, written)
-        evaluate = self._linear if self.metric.linear else self._full
-        clean, ablated = evaluate(model, written, z, W_O, replacement, targets, batch)
+            replacement = [mean[None] for mean in self.means]
+        targets = metric_targets(self.metric, batch, written)
+        clean, ablated = head_values(model, batch, written, chosen, replacement, self.metric, targets)
         effect = chosen.shaped(ablated - clean[:, None])
         name, every = self.metric.name, self._every_position
         return {
@@ -184,75 +164,96 @@ class DirectEffect:
             f"{name}_{self.mode}_direct": written.spread(effect, batch, every_position=every),
         }
 
-    def _targets(self, batch: Batch, written: Written) -> Int[Tensor, "row k"]:
-        """The tokens whose logits the metric reads: next tokens, or answers and then wrong answers; -1 pads."""
-        if self.metric.per_token:
-            return batch.tokens[written.prompt, written.pos + 1][:, None]
-        columns = [batch.answer, batch.wrong][: len(self.metric.needs)]
-        given = [column[written.prompt] for column in columns if column is not None]
-        return torch.cat(given, dim=-1) if given else batch.tokens[written.prompt, :0]
 
-    def _scaled_means(self, written: Written) -> list[Tensor]:
-        assert self.means is not None
-        return [mean[None] / divisor[..., None] for mean, divisor in zip(self.means, written.divisor, strict=True)]
+def metric_targets(metric: Metric, batch: Batch, written: Written) -> Int[Tensor, "row k"]:
+    """The tokens whose logits the metric reads: next tokens, or answers and then wrong answers; -1 pads."""
+    if metric.per_token:
+        return batch.tokens[written.prompt, written.pos + 1][:, None]
+    columns = [batch.answer, batch.wrong][: len(metric.needs)]
+    given = [column[written.prompt] for column in columns if column is not None]
+    return torch.cat(given, dim=-1) if given else batch.tokens[written.prompt, :0]
 
-    def _linear(
-        self,
-        model: Model,
-        written: Written,
-        z: list[Tensor],
-        W_O: list[Tensor],
-        replacement: list[Tensor] | None,
-        targets: Tensor,
-        batch: Batch,
-    ) -> tuple[Tensor, Tensor]:
-        """Metrics of single logits: a product with their columns of ``W_U``, and nothing of the vocabulary's size."""
-        W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
-        removed = z if replacement is None else [a - b for a, b in zip(z, replacement, strict=True)]
-        clean_logits, ablated_logits = [], []
-        for column in targets.unbind(-1):
-            direction = W_U[:, column.clamp(min=0)].t().to(written.x.dtype)
-            raw = (written.x * direction).sum(-1)
-            raw = raw if b_U is None else raw + b_U[column.clamp(min=0)]
-            without = raw[:, None] - head_gather(removed, W_O, direction, per_row=True)
-            capped = [x if softcap is None else softcap * torch.tanh(x / softcap) for x in (raw, without)]
-            absent = column < 0
-            clean_logits.append(capped[0].masked_fill(absent, torch.nan))
-            ablated_logits.append(capped[1].masked_fill(absent[:, None], torch.nan))
-        assert batch.answer is not None
-        n_answers = batch.answer.shape[1]
-        return (
-            from_target_logits(self.metric, torch.stack(clean_logits, -1), n_answers),
-            from_target_logits(self.metric, torch.stack(ablated_logits, -1), n_answers),
-        )
 
-    def _full(
-        self,
-        model: Model,
-        written: Written,
-        z: list[Tensor],
-        W_O: list[Tensor],
-        replacement: list[Tensor] | None,
-        targets: Tensor,
-        batch: Batch,
-    ) -> tuple[Tensor, Tensor]:
-        """Metrics of all logits: one pass over the vocabulary for all heads, one for the clean run."""
-        W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
-        rank, kl = self.metric.name == "rank", self.metric.name == "kl"
-        before = linear_cross_entropy(written.x, W_U, targets, b_U, softcap=softcap, rank=rank)
-        after = direct_effect_loss(
-            written.x, z, W_O, W_U, targets, b_U, replacement=replacement, softcap=softcap, kl=kl, rank=rank
-        )
-        n_answers = targets.shape[1]
-        clean = from_target_logits(
-            self.metric,
-            before.target_logit,
-            n_answers,
-            logsumexp=before.logsumexp,
-            rank=before.rank,
-            kl=torch.zeros_like(before.logsumexp),
-        )
-        ablated = from_target_logits(
-            self.metric, after.target_logit, n_answers, logsumexp=after.logsumexp, rank=after.rank, kl=after.kl
-        )
-        return clean, ablated
+def head_values(
+    model: Model,
+    batch: Batch,
+    written: Written,
+    chosen: ChosenHeads,
+    replacement: list[Float[Tensor, "#row head d_head"]] | None,
+    metric: Metric,
+    targets: Int[Tensor, "row k"],
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "row chosen"]]:
+    """Returns the metric of every row, and without each chosen head's direct contribution, in the order of ``of``.
+
+    ``replacement``, for each layer, is what stands in place of ``z``, in front of any norm; None for zero.
+    """
+    z, W_O = chosen.of(written.z, axis=1), chosen.of(written.W_O, axis=0)
+    scaled = None
+    if replacement is not None:
+        pairs = zip(replacement, written.divisor, strict=True)
+        scaled = chosen.of([other / divisor[..., None] for other, divisor in pairs], axis=1)
+    evaluate = _linear if metric.linear else _full
+    return evaluate(model, written, z, W_O, scaled, targets, metric, batch)
+
+
+def _linear(
+    model: Model,
+    written: Written,
+    z: list[Tensor],
+    W_O: list[Tensor],
+    replacement: list[Tensor] | None,
+    targets: Tensor,
+    metric: Metric,
+    batch: Batch,
+) -> tuple[Tensor, Tensor]:
+    """Metrics of single logits: a product with their columns of ``W_U``, and nothing of the vocabulary's size."""
+    W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
+    removed = z if replacement is None else [a - b for a, b in zip(z, replacement, strict=True)]
+    clean_logits, ablated_logits = [], []
+    for column in targets.unbind(-1):
+        direction = W_U[:, column.clamp(min=0)].t().to(written.x.dtype)
+        raw = (written.x * direction).sum(-1)
+        raw = raw if b_U is None else raw + b_U[column.clamp(min=0)]
+        without = raw[:, None] - head_gather(removed, W_O, direction, per_row=True)
+        capped = [x if softcap is None else softcap * torch.tanh(x / softcap) for x in (raw, without)]
+        absent = column < 0
+        clean_logits.append(capped[0].masked_fill(absent, torch.nan))
+        ablated_logits.append(capped[1].masked_fill(absent[:, None], torch.nan))
+    assert batch.answer is not None
+    n_answers = batch.answer.shape[1]
+    return (
+        from_target_logits(metric, torch.stack(clean_logits, -1), n_answers),
+        from_target_logits(metric, torch.stack(ablated_logits, -1), n_answers),
+    )
+
+
+def _full(
+    model: Model,
+    written: Written,
+    z: list[Tensor],
+    W_O: list[Tensor],
+    replacement: list[Tensor] | None,
+    targets: Tensor,
+    metric: Metric,
+    batch: Batch,
+) -> tuple[Tensor, Tensor]:
+    """Metrics of all logits: one pass over the vocabulary for all heads, one for the clean run."""
+    W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
+    rank, kl = metric.name in RANKED, metric.name == "kl"
+    before = linear_cross_entropy(written.x, W_U, targets, b_U, softcap=softcap, rank=rank)
+    after = direct_effect_loss(
+        written.x, z, W_O, W_U, targets, b_U, replacement=replacement, softcap=softcap, kl=kl, rank=rank
+    )
+    n_answers = targets.shape[1]
+    clean = from_target_logits(
+        metric,
+        before.target_logit,
+        n_answers,
+        logsumexp=before.logsumexp,
+        rank=before.rank,
+        kl=torch.zeros_like(before.logsumexp),
+    )
+    ablated = from_target_logits(
+        metric, after.target_logit, n_answers, logsumexp=after.logsumexp, rank=after.rank, kl=after.kl
+    )
+    return clean, ablated

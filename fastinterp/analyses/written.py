@@ -1,5 +1,6 @@
 """What every head writes, in the form that the kernels take: one row per token that is looked at."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fastinterp.analyses.base import Pos, final_scale, positions
 from fastinterp.model.forward import forward, forward_at
-from fastinterp.model.intervene import Taps
+from fastinterp.model.intervene import Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.norms import apply_affine, center, divide
 from fastinterp.model.weights import NormWeights
@@ -21,13 +22,16 @@ class Written:
 
     ``z`` is divided by the frozen scales of the final norm and of post-norms; ``W_O`` is centred and multiplied by
     weights where those norms do that. ``x`` is the normalised final residual of the same rows. ``prompt`` and ``pos``
-    say where a row comes from. At least float32.
+    say where a row comes from. ``scale`` is the final norm's, ``others`` what else was asked for, ``[row, ...]``. At
+    least float32.
     """
 
     x: Float[Tensor, "row d_model"]
     z: list[Float[Tensor, "row head d_head"]]
     W_O: list[Float[Tensor, "head d_head d_model"]]
     divisor: list[Float[Tensor, "row 1"]]
+    scale: Float[Tensor, "row 1"]
+    others: dict[tuple[str, int | None], Tensor]
     prompt: Int[Tensor, " row"]
     pos: Int[Tensor, " row"]
 
@@ -41,15 +45,18 @@ class Written:
         return out
 
 
-def heads_write(model: Model, batch: Batch, pos: Pos, *, scored_only: bool = False) -> Written:
+def heads_write(
+    model: Model, batch: Batch, pos: Pos, *, scored_only: bool = False, others: Sequence[Capture] = ()
+) -> Written:
     """Runs the model and returns what its heads write at ``pos``, or at every real token for ``"all"``.
 
-    ``scored_only`` leaves out each prompt's last token, which predicts none of its own. Memory: ``z`` of all layers at
+    ``scored_only`` leaves out each prompt's last token, which predicts none of its own; ``others`` are activations that
+    are wanted at the same tokens. Memory: ``z`` of all layers at
     these tokens, and weights of one layer's size per layer where a norm's centring or weight has not been folded in.
     """
     spec, weights = model.spec, model.weights
     names = ["z", "ln1_post_scale"] if spec.post_norms else ["z"]
-    taps = Taps.of(spec.n_layers, capture=names)
+    taps = Taps.of(spec.n_layers, capture=[*names, *others])
     at = positions(pos, batch)
     if at is None:
         resid = forward(spec, weights, batch.tokens, taps=taps)
@@ -74,7 +81,16 @@ def heads_write(model: Model, batch: Batch, pos: Pos, *, scored_only: bool = Fal
         W_O.append(towards_logits(model, w.W_O.to(wide), w.ln1_post))
         divisors.append(divisor)
         z.append(captured["z", layer].to(wide) / divisor[..., None])
-    return Written(x=x.to(wide), z=z, W_O=W_O, divisor=divisors, prompt=prompt, pos=where)
+    return Written(
+        x=x.to(wide),
+        z=z,
+        W_O=W_O,
+        divisor=divisors,
+        scale=scale.to(wide),
+        others={key: value.to(wide) for key, value in captured.items() if key[0] not in names},
+        prompt=prompt,
+        pos=where,
+    )
 
 
 def towards_logits(

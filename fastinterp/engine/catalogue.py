@@ -46,9 +46,27 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="the metric after every sublayer: <metric>_lens (prompt, site)",
         ),
         "ablation": Entry(
-            make=lambda metric: Ablation(metric_name=metric),
-            description="zero ablation of every head: <metric>_zero (prompt, layer, head) and <metric>_clean (prompt)",
+            make=lambda metric: Ablation(metric_names=(metric,)),
+            description="zero ablation of every head: <metric>_zero_total (prompt, layer, head) and "
+            "<metric>_clean (prompt)",
             sweep=True,
+        ),
+        "ablation_mean": Entry(
+            make=lambda metric: Ablation(metric_names=(metric,), modes=("mean",)),
+            description="every head replaced by its mean over the prompts scanned: <metric>_mean_total "
+            "(prompt, layer, head) and <metric>_clean (prompt)",
+            sweep=True,
+        ),
+        "ablation_resample": Entry(
+            make=lambda metric: Ablation(metric_names=(metric,), modes=("resample",)),
+            description="every head replaced by its value in the corrupt prompt, or in another one of the same length: "
+            "<metric>_resample_total (prompt, layer, head) and <metric>_clean (prompt)",
+            sweep=True,
+        ),
+        "direct": Entry(
+            make=lambda metric: Ablation(metric_names=(metric,), modes=("zero", "mean"), effect="direct"),
+            description="every head's direct effect, against zero and against its mean: <metric>_zero_direct, "
+            "<metric>_mean_direct (prompt, layer, head) and <metric>_clean (prompt)",
         ),
     }
 )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 import fastinterp
-from fastinterp.analyses import Analysis, compute_checked, tokenized
+from fastinterp.analyses import Analysis, compute_checked, prepared, tokenized
 from fastinterp.engine.catalogue import CATALOGUE, choose_analyses
 from fastinterp.errors import OptionError
 from fastinterp.model.model import Model
@@ -33,6 +33,12 @@ class Task:
     analysis: Analysis
     batch_tokens: int
     n_prompts: int
+    prompts: TokenizedPrompts
+
+    def prepared(self, model: Model) -> "Task":
+        """Returns the task with what its analysis has to know of all its prompts, such as means."""
+        analysis, prompts = prepared(self.analysis, model, _first(self.prompts, self.n_prompts))
+        return dataclasses.replace(self, analysis=analysis, prompts=prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +128,7 @@ def plan(
         if CATALOGUE[name].sweep and ablation_limit is not None:
             n_prompts = min(n_prompts, ablation_limit)
         auto = chosen.tokens_per_batch(model) if batch_tokens == "auto" else batch_tokens
-        tasks[name] = Task(analysis=chosen, batch_tokens=auto, n_prompts=n_prompts)
+        tasks[name] = Task(analysis=chosen, batch_tokens=auto, n_prompts=n_prompts, prompts=tokens)
         flops += chosen.cost(model.spec, int(tokens.n_tokens[:n_prompts].sum()))
     options = {
         "metric": metric,
@@ -141,6 +147,15 @@ def plan(
         flops=flops,
     )
     return dataclasses.replace(result, seconds=_estimate(model, result)) if estimate else result
+
+
+def _first(prompts: TokenizedPrompts, n: int) -> TokenizedPrompts:
+    """Returns the prompts with all but the first ``n`` left out, under the same indices."""
+    if n >= len(prompts):
+        return prompts
+    n_tokens = prompts.n_tokens.copy()
+    n_tokens[n:] = 0
+    return dataclasses.replace(prompts, n_tokens=n_tokens)
 
 
 def check_counts(*, limit: int | None, ablation_limit: int | None, batch_tokens: BatchTokens) -> None:
@@ -173,6 +188,9 @@ def _store_spec(
     }
     for task in tasks.values():
         for field in task.analysis.fields(model.spec, n_pos):
+            if any(array.name == field.name for array in arrays):
+                # Analyses of one metric share its clean values.
+                continue
             shape = (n_prompts, *field.shape)
             attrs = dict(field.attrs) | {"n_prompts_computed": task.n_prompts}
             dims = ("prompt", *field.dims)
@@ -250,11 +268,14 @@ def _estimate(model: Model, planned: Plan) -> float:
         # Prompts of middle length; twice as many each time, until the time says something about the rate.
         order = accepted[planned.prompts.n_tokens[accepted].argsort()]
         size, seconds = 1, 0.0
+        analysis = _rehearsed(model, task)
+        # What is resampled from does not matter for the time either.
+        prompts = dataclasses.replace(task.prompts, corrupt=task.prompts.corrupt or task.prompts.tokens)
         while True:
             start = (len(order) - size) // 2
-            batch = planned.prompts.batches(task.batch_tokens, order[start : start + size])[0]
+            batch = prompts.batches(task.batch_tokens, order[start : start + size])[0]
             began = time.perf_counter()
-            compute_checked(task.analysis, model, batch)
+            compute_checked(analysis, model, batch)
             seconds = time.perf_counter() - began
             if seconds > WARM_UP_SECONDS or len(batch) < size or 2 * size > len(order):
                 break
@@ -262,3 +283,9 @@ def _estimate(model: Model, planned: Plan) -> float:
         whole = task.analysis.cost(model.spec, int(planned.prompts.n_tokens[accepted].sum()))
         total += seconds * whole / task.analysis.cost(model.spec, int(batch.n_tokens.sum()))
     return total
+
+
+def _rehearsed(model: Model, task: Task) -> Analysis:
+    """The analysis prepared on few prompts: what is timed does not depend on their values."""
+    some = _first(task.prompts, int(task.prompts.accepted[0]) + 1)
+    return prepared(task.analysis, model, dataclasses.replace(some, corrupt=some.corrupt or some.tokens))[0]

@@ -1,5 +1,6 @@
 """The loop: block by block, analysis by analysis, batch by batch, to the store."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,9 @@ def run(
             bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total} prompts [{elapsed}<{remaining}, {rate_fmt}]",
             dynamic_ncols=True,
         )
+        if missing:
+            tasks = {name: task.prepared(model) for name, task in planned.tasks.items()}
+            planned = dataclasses.replace(planned, tasks=tasks)
         with bar:
             for block in missing:
                 writer.write(block, compute_block(model, planned, block, bar.update))
@@ -123,7 +127,7 @@ def compute_block(model: Model, planned: Plan, block: int, advance: Callable[[fl
     }
     advanced = 0.0
     for task in planned.tasks.values():
-        for batch in tokens.batches(task.batch_tokens, rows[rows < task.n_prompts]):
+        for batch in task.prompts.batches(task.batch_tokens, rows[rows < task.n_prompts]):
             for field, values in compute_checked(task.analysis, model, batch).items():
                 place(arrays[field], batch.indices - rows[0], values)
             # Time goes with operations, so the bar moves by their share of the block.

@@ -167,5 +167,6 @@ class Stack:
             unchanged = clean[0, rows.tree.nodes_at(at)]
             return torch.where((at < rows.start)[:, None], unchanged, self.resid)
         if rows.start is not None:
-            return self.resid.unflatten(1, (len(rows.start), rows.width))
+            apart: Tensor = self.resid.unflatten(1, (len(rows.start), rows.width))
+            return apart
         return rows.tree.spread(self.resid)[:, :, : self.n_pos]

@@ -56,7 +56,7 @@ def test_every_head_and_metric_equals_a_loop_of_hooks(zoo, tiny_name, token_prom
                     logits = bridge.run_with_hooks(tokens, fwd_hooks=[(point, hook)])[0]
                 ablated = measured(logits, prompt, answer, wrong)
                 for metric, data in results.items():
-                    got = data[f"{metric}_zero"].sel(layer=layer, head=head)[row].values
+                    got = data[f"{metric}_zero_total"].sel(layer=layer, head=head)[row].values
                     if metric == "loss":
                         assert np.isnan(got[len(prompt) - 1 :]).all()
                         got = got[: len(prompt) - 1]
@@ -74,7 +74,7 @@ def test_every_head_and_metric_equals_a_loop_of_hooks(zoo, tiny_name, token_prom
 def test_raw_weights_equal_hooks_on_hugging_face(zoo, tiny_name, token_prompts, answers, prompt_set):
     # Without folding, z holds the value bias too, and that goes with the head.
     model, hf_model = zoo.model(tiny_name, processing="none"), zoo.hf(tiny_name)
-    got = ablate(model, prompt_set)["logit_diff_zero"]
+    got = ablate(model, prompt_set)["logit_diff_zero_total"]
     d_head = model.spec.d_head
 
     def output(layer):
@@ -116,7 +116,7 @@ def test_prompts_of_other_lengths_change_nothing(
     for row, prompt in enumerate(token_prompts):
         one = PromptSet.of([prompt], answer=answers["answer"][row : row + 1], wrong=answers["wrong"][row : row + 1])
         alone = ablate(model, one, metric=metric)
-        for name in (f"{metric}_zero", f"{metric}_clean"):
+        for name in (f"{metric}_zero_total", f"{metric}_clean"):
             whole, single = together[name][row].values, alone[name][0].values
             whole = whole[: len(prompt)] if metric == "loss" else whole
             assert np.array_equal(np.isnan(whole), np.isnan(single))
@@ -129,10 +129,10 @@ def test_prompts_that_begin_alike_change_nothing(zoo, tiny_name, metric):
     alike = [[7, 8, 9, 10, 11], [7, 8, 9], [7, 8, 9, 10, 11], [7, 30, 9, 10], [8, 9, 10, 11], [7, 8, 9, 10, 11, 12]]
     columns = {"answer": [1, 2, 3, 4, 5, 6], "wrong": [11, 12, 13, 14, 15, 16]}
     model = zoo.model(tiny_name)
-    together = ablate(model, PromptSet.of(alike, **columns), metric=metric)[f"{metric}_zero"]
+    together = ablate(model, PromptSet.of(alike, **columns), metric=metric)[f"{metric}_zero_total"]
     for row, prompt in enumerate(alike):
         one = PromptSet.of([prompt], **{key: column[row : row + 1] for key, column in columns.items()})
-        alone = ablate(model, one, metric=metric)[f"{metric}_zero"][0].values
+        alone = ablate(model, one, metric=metric)[f"{metric}_zero_total"][0].values
         whole = together[row].values[: len(prompt)] if metric == "loss" else together[row].values
         assert np.array_equal(np.isnan(whole), np.isnan(alone))
         assert np.abs(np.nan_to_num(whole - alone)).max() < 1e-5
@@ -160,15 +160,15 @@ def test_alternative_answers(zoo, token_prompts):
                 for hooks in ([], [("blocks.1.attn.hook_z", hook)])
             ]
         clean, ablated = (float(run[right].mean() - run[other].mean()) for run in runs)
-        assert abs(float(data["logit_diff_zero"][row, 1, 1]) - (ablated - clean)) < TOLERANCE
+        assert abs(float(data["logit_diff_zero_total"][row, 1, 1]) - (ablated - clean)) < TOLERANCE
         clean, ablated = (float(run.softmax(-1)[right].sum().log()) for run in runs)
-        assert abs(float(logprob["logprob_zero"][row, 1, 1]) - (ablated - clean)) < TOLERANCE
+        assert abs(float(logprob["logprob_zero_total"][row, 1, 1]) - (ablated - clean)) < TOLERANCE
 
 
 def test_labels_and_attributes(zoo, prompt_set, token_prompts):
     data = ablate(zoo.model("gpt2"), prompt_set)
-    assert set(data.data_vars) == {"logit_diff_zero", "logit_diff_clean"}
-    effect, clean = data["logit_diff_zero"], data["logit_diff_clean"]
+    assert set(data.data_vars) == {"logit_diff_zero_total", "logit_diff_clean"}
+    effect, clean = data["logit_diff_zero_total"], data["logit_diff_clean"]
     assert effect.dims == ("prompt", "layer", "head")
     assert clean.dims == ("prompt",)
     assert effect.head_label.values[2, 3] == "L2H3"
@@ -179,16 +179,16 @@ def test_labels_and_attributes(zoo, prompt_set, token_prompts):
         assert {"long_name", "sign"} <= set(array.attrs)
     assert {"model", "processing", "dtype"} <= set(data.attrs)
     loss = ablate(zoo.model("gpt2"), PromptSet.of(token_prompts), metric="loss")
-    assert loss["loss_zero"].dims == ("prompt", "pos", "layer", "head")
+    assert loss["loss_zero_total"].dims == ("prompt", "pos", "layer", "head")
     assert loss["loss_clean"].dims == ("prompt", "pos")
-    assert loss["loss_zero"].attrs["units"] == "nats"
+    assert loss["loss_zero_total"].attrs["units"] == "nats"
 
 
 def test_rejected_prompts_are_nan(zoo, token_prompts):
     model = zoo.model("gpt2")
     prompts = PromptSet.of([token_prompts[0], [399, 400], token_prompts[2]], answer=[1, 2, 3], wrong=[4, 5, 6])
     data = ablate(model, prompts.tokenize(model, bad_prompts="reject"))
-    for name in ("logit_diff_zero", "logit_diff_clean"):
+    for name in ("logit_diff_zero_total", "logit_diff_clean"):
         finite = np.isfinite(data[name].values.reshape(3, -1))
         assert finite.all(1).tolist() == [True, False, True]
         assert not finite[1].any()

@@ -89,7 +89,7 @@ def test_ablated_heads_equal_hooks(smollm2, smollm2_bridge, prompts, ablated):
     for layer, head in [(0, 0), (0, 8), (7, 4), (15, 2), (22, 8), (23, 3), (29, 0), (29, 1)]:
         hook = functools.partial(zero, head=head)
         effect = logit_diff([(f"blocks.{layer}.attn.hook_z", hook)]) - clean
-        assert abs(float(data["logit_diff_zero"][0, layer, head]) - effect) < TOLERANCE, (layer, head)
+        assert abs(float(data["logit_diff_zero_total"][0, layer, head]) - effect) < TOLERANCE, (layer, head)
         largest = max(largest, abs(effect))
     assert largest > 0.3
 
@@ -97,5 +97,5 @@ def test_ablated_heads_equal_hooks(smollm2, smollm2_bridge, prompts, ablated):
 @pytest.mark.parametrize("row", range(3))
 def test_ablation_does_not_depend_on_the_batch(smollm2, ablated, real_prompts, row):
     alone = ablate(smollm2, PromptSet.of([real_prompts[row]], answer=[ANSWERS[row]], wrong=[WRONG[row]]))
-    for name in ("logit_diff_zero", "logit_diff_clean"):
+    for name in ("logit_diff_zero_total", "logit_diff_clean"):
         assert np.abs(ablated[name][row].values - alone[name][0].values).max() < 1e-5

@@ -229,7 +229,7 @@ def test_nan_at_padding_is_no_overflow(model):
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["loss_clean", "loss_zero", "loss_lens"])
+@pytest.mark.parametrize("name", ["loss_clean", "loss_zero_total", "loss_lens"])
 def test_losses_that_are_not_finite_are_refused(model, name, value):
     # Entry 1 of the first prompt predicts its last token, so it has to be a number; there is none at last tokens.
     losses = torch.tensor([[0.0, value, torch.nan], [0.0, torch.nan, torch.nan]])

@@ -147,7 +147,7 @@ def test_total_effects_on_rank_and_divergence(zoo, name, token_prompts, metric):
             for head in range(model.spec.n_heads):
                 edited = logits(Edit(site="z", layer=layer, head=head))
                 expected = measured(metric, edited, clean, row) - measured(metric, clean, clean, row)
-                assert abs(float(found[f"{metric}_zero"][row, layer, head]) - expected) < 1e-9
+                assert abs(float(found[f"{metric}_zero_total"][row, layer, head]) - expected) < 1e-9
 
 
 @pytest.mark.parametrize("pos", [-1, "all"])

@@ -75,8 +75,8 @@ def test_lists_of_prompts(hooked):
 
 def test_scans(hooked, tmp_path):
     stored = fastinterp.scan(hooked, PROMPTS, tmp_path / "run.zarr", analysis="ablation", metric="loss", progress=False)
-    direct = fastinterp.ablate(hooked, PROMPTS, metric="loss")["loss_zero"]
-    np.testing.assert_allclose(stored["loss_zero"].values, direct.values, atol=1e-5)
+    direct = fastinterp.ablate(hooked, PROMPTS, metric="loss")["loss_zero_total"]
+    np.testing.assert_allclose(stored["loss_zero_total"].values, direct.values, atol=1e-5)
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(PROMPTS))
     assert fastinterp.plan(hooked, str(path), metric="loss", analysis="ablation").store.n_prompts == 2

@@ -25,5 +25,5 @@ def test_the_demo_finds_the_heads_that_move_the_name(cli, tmp_path):
     lines = [line.split() for line in result.out.splitlines()]
     first = next(n for n, line in enumerate(lines) if "L23H3" in line)
     assert "most positive" in " ".join(lines[first - 2] + lines[first - 1])
-    assert int(dataset.logit_diff_zero.notnull().all(("layer", "head")).sum()) == 2
+    assert int(dataset.logit_diff_zero_total.notnull().all(("layer", "head")).sum()) == 2
     assert float(dataset.logit_diff_clean[:2].mean()) > 1

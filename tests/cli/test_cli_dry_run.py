@@ -37,7 +37,7 @@ def test_the_plan_as_json(dry_run):
     assert planned["flops"] > 0
     shapes = {array["name"]: (array["shape"], array["dtype"], array["bytes"]) for array in planned["arrays"]}
     assert shapes["direct_effect"] == ([22, 3, 4], "float32", 1056)
-    assert shapes["logit_diff_zero"] == ([22, 3, 4], "float32", 1056)
+    assert shapes["logit_diff_zero_total"] == ([22, 3, 4], "float32", 1056)
     assert shapes["logit_diff_clean"] == ([22], "float32", 88)
     assert shapes["tokens"] == ([22, planned["longest_prompt_tokens"]], "int32", 88 * planned["longest_prompt_tokens"])
     assert planned["analyses"]["dla"]["prompts"] == 22
@@ -50,8 +50,19 @@ def test_the_plan_as_text(dry_run):
     assert "20 of 22 prompts, longest " in result.out
     assert "rejected: 2 prompts" in result.out
     assert "row-7" in result.out
-    (line,) = [line for line in result.out.splitlines() if line.startswith("logit_diff_zero")]
-    assert line.split() == ["logit_diff_zero", "prompt,", "layer,", "head", "[22,", "3,", "4]", "float32", "1.1", "kB"]
+    (line,) = [line for line in result.out.splitlines() if line.startswith("logit_diff_zero_total")]
+    assert line.split() == [
+        "logit_diff_zero_total",
+        "prompt,",
+        "layer,",
+        "head",
+        "[22,",
+        "3,",
+        "4]",
+        "float32",
+        "1.1",
+        "kB",
+    ]
     (estimate,) = [line for line in result.out.splitlines() if line.startswith("estimated time: ")]
     assert float(estimate.split()[2]) >= 0
     assert any(line.startswith("store: ") and "TFLOP" in line for line in result.out.splitlines())

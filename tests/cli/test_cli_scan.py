@@ -24,12 +24,12 @@ def test_a_scan_from_file_to_store(cli, zoo, prompt_file, out):
     assert result.err == ""
     assert f"{out}: 22 prompts in " in result.out
     assert "(4 of 4 blocks computed)" in result.out
-    assert "arrays: direct_effect, logit_diff_clean, logit_diff_zero" in result.out
+    assert "arrays: direct_effect, logit_diff_clean, logit_diff_zero_total" in result.out
     dataset, model, prompts = xr.open_zarr(out), zoo.model("gpt2"), PromptSet.read(prompt_file)
     effects = fastinterp.ablate(model, prompts)
     expected = {
         "direct_effect": fastinterp.direct_logit_attribution(model, prompts),
-        "logit_diff_zero": effects.logit_diff_zero,
+        "logit_diff_zero_total": effects.logit_diff_zero_total,
         "logit_diff_clean": effects.logit_diff_clean,
     }
     for name, array in expected.items():
@@ -49,7 +49,7 @@ def test_one_block_is_the_same_to_a_millionth(cli, zoo, prompt_file, out):
     for array in (
         fastinterp.direct_logit_attribution(model, prompts),
         fastinterp.logit_lens(model, prompts),
-        effects.logit_diff_zero,
+        effects.logit_diff_zero_total,
         effects.logit_diff_clean,
     ):
         np.testing.assert_allclose(dataset[array.name].values, array.values, rtol=1e-6, atol=1e-6)
@@ -75,10 +75,10 @@ def test_loss_with_positions(cli, zoo, prompt_file, out):
     common = ["--model", zoo.directory("gpt2"), "--prompts", prompt_file, "--out", out]
     assert cli("scan", *common, "--analysis", "ablation,lens", "--metric", "loss").code == 0
     dataset, texts = xr.open_zarr(out), PromptSet.read(prompt_file)
-    assert dataset.loss_zero.dims == ("prompt", "pos", "layer", "head")
+    assert dataset.loss_zero_total.dims == ("prompt", "pos", "layer", "head")
     assert dataset.loss_lens.dims == ("prompt", "pos", "site")
     expected = fastinterp.ablate(zoo.model("gpt2"), texts, metric="loss")
-    np.testing.assert_allclose(dataset.loss_zero.values, expected.loss_zero.values, **CLOSE)
+    np.testing.assert_allclose(dataset.loss_zero_total.values, expected.loss_zero_total.values, **CLOSE)
     np.testing.assert_allclose(dataset.loss_clean.values, expected.loss_clean.values, **CLOSE)
 
 
@@ -92,7 +92,7 @@ def test_limits_and_batches(cli, zoo, prompt_file, tmp_path):
     small = scan("small.zarr", "--batch-tokens", 40)
     part = scan("part.zarr", "--ablation-limit", 5)
     short = scan("short.zarr", "--limit", 9)
-    for name in ("direct_effect", "logit_diff_zero", "logit_diff_clean"):
+    for name in ("direct_effect", "logit_diff_zero_total", "logit_diff_clean"):
         np.testing.assert_allclose(small[name].values, whole[name].values, **CLOSE)
         np.testing.assert_allclose(short[name].values, whole[name].values[:9], **CLOSE)
         np.testing.assert_allclose(part[name].values[:5], whole[name].values[:5], **CLOSE)
@@ -179,7 +179,7 @@ def test_rejected_prompts_are_left_out_and_listed(cli, zoo, rows, write, tmp_pat
     assert f"{out}: 20 prompts in " in result.out
     dataset = xr.open_zarr(out)
     assert np.flatnonzero(dataset.status.values == 3).tolist() == [2, 7]
-    for name in ("direct_effect", "logit_diff_zero", "logit_diff_clean"):
+    for name in ("direct_effect", "logit_diff_zero_total", "logit_diff_clean"):
         missing = np.isnan(dataset[name].values.reshape(22, -1))
         assert np.flatnonzero(missing.any(1)).tolist() == [2, 7]
         assert missing[[2, 7]].all()

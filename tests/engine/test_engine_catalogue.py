@@ -23,8 +23,9 @@ def test_every_analysis_describes_the_arrays_that_it_makes(zoo):
             assert {"units", "long_name", "metric", "sign"} <= set(field.attrs)
 
 
-def test_only_ablation_is_a_sweep():
-    assert [name for name, entry in CATALOGUE.items() if entry.sweep] == ["ablation"]
+def test_only_total_effects_are_sweeps():
+    sweeps = [name for name, entry in CATALOGUE.items() if entry.sweep]
+    assert sweeps == ["ablation", "ablation_mean", "ablation_resample"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,15 @@ def test_a_plan_describes_itself(zoo, prompts):
         "bytes": 22 * 3 * 4 * 4,
     }
     assert list(arrays) == [
-        *("direct_effect", "logit_diff_clean", "logit_diff_zero", "tokens", "n_tokens", "prompt_text", "prompt_id"),
+        *(
+            "direct_effect",
+            "logit_diff_clean",
+            "logit_diff_zero_total",
+            "tokens",
+            "n_tokens",
+            "prompt_text",
+            "prompt_id",
+        ),
         *("answer", "wrong", "status"),
     ]
     assert described["bytes"] >= sum(array["bytes"] for array in described["arrays"] if array["dtype"] != "str")

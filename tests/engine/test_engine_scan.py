@@ -75,7 +75,7 @@ def test_all_analyses_fit_into_one_store(zoo, prompts, out):
 def test_other_metrics_of_an_answer(zoo, prompts, out, metric):
     model = zoo.model("llama-gqa", dtype=torch.float64)
     dataset = fastinterp.scan(model, prompts, out, analysis="ablation,lens", metric=metric)
-    assert dataset[f"{metric}_zero"].attrs["units"] == ("nats" if metric == "logprob" else "logits")
+    assert dataset[f"{metric}_zero_total"].attrs["units"] == ("nats" if metric == "logprob" else "logits")
     for name in ("ablation", "lens"):
         assert_same(dataset, by_function(model, prompts, name, metric))
 
@@ -84,13 +84,13 @@ def test_the_loss_has_a_value_for_every_token_that_has_a_next_one(zoo, prompts, 
     model = zoo.model("gpt2", dtype=torch.float64)
     texts = PromptSet.of(prompts.prompts)
     dataset = fastinterp.scan(model, texts, out, analysis=["ablation", "lens"], metric="loss")
-    assert dataset.loss_zero.dims == ("prompt", "pos", "layer", "head")
-    assert dataset.loss_zero.attrs["units"] == "nats"
+    assert dataset.loss_zero_total.dims == ("prompt", "pos", "layer", "head")
+    assert dataset.loss_zero_total.attrs["units"] == "nats"
     for name in ("ablation", "lens"):
         assert_same(dataset, by_function(model, texts, name, "loss"))
     scored = dataset.pos.values < dataset.n_tokens.values[:, None] - 1
     assert np.array_equal(np.isfinite(dataset.loss_clean.values), scored)
-    assert np.array_equal(np.isfinite(dataset.loss_zero.values).all((2, 3)), scored)
+    assert np.array_equal(np.isfinite(dataset.loss_zero_total.values).all((2, 3)), scored)
     assert "answer" not in dataset.coords
 
 
@@ -98,7 +98,7 @@ def test_a_prompt_of_one_token_has_no_loss(zoo, out):
     texts = PromptSet.of(["a", "b"])
     dataset = fastinterp.scan(zoo.model("gpt2"), texts, out, analysis="ablation", metric="loss", prepend_bos=False)
     assert dataset.n_tokens.values.tolist() == [1, 1]
-    assert np.isnan(dataset.loss_zero.values).all()
+    assert np.isnan(dataset.loss_zero_total.values).all()
     assert dataset.status.values.tolist() == [1, 1]
 
 
@@ -158,7 +158,7 @@ def test_ablation_limit_leaves_the_other_prompts_nan(zoo, prompts, out, limit):
     dataset = fastinterp.scan(model, prompts, out, analysis="dla,ablation", ablation_limit=limit)
     done = min(limit, 22)
     expected = fastinterp.ablate(model, prompts.head(done))
-    for name in ("logit_diff_zero", "logit_diff_clean"):
+    for name in ("logit_diff_zero_total", "logit_diff_clean"):
         np.testing.assert_allclose(dataset[name].values[:done], expected[name].values, **SAME)
         assert np.isnan(dataset[name].values[done:]).all()
         assert dataset[name].attrs["n_prompts_computed"] == done
@@ -183,7 +183,7 @@ def test_batches_change_rounding_only(zoo, prompts, tmp_path):
         for size in ("auto", 40, 1)
     ]
     for other in stores[1:]:
-        for name in ("direct_effect", "logit_diff_zero", "logit_diff_clean"):
+        for name in ("direct_effect", "logit_diff_zero_total", "logit_diff_clean"):
             np.testing.assert_allclose(other[name].values, stores[0][name].values, **SAME)
     blocks = {describe_store(tmp_path / f"{size}.zarr").block_size for size in ("auto", 40, 1)}
     assert len(blocks) == 1
@@ -230,10 +230,12 @@ def test_float64_is_computed_in_float64_and_stored_in_float32(zoo, prompts, out)
     model = zoo.model("gpt2", dtype=torch.float64)
     dataset = fastinterp.scan(model, prompts, out, analysis="ablation")
     expected = fastinterp.ablate(model, prompts)
-    assert expected.logit_diff_zero.dtype == np.float64
-    assert dataset.logit_diff_zero.dtype == np.float32
+    assert expected.logit_diff_zero_total.dtype == np.float64
+    assert dataset.logit_diff_zero_total.dtype == np.float32
     # Half a unit in the last place: float32 arithmetic would be off by more.
-    np.testing.assert_allclose(dataset.logit_diff_zero.values, expected.logit_diff_zero.values, rtol=6.1e-8, atol=1e-12)
+    np.testing.assert_allclose(
+        dataset.logit_diff_zero_total.values, expected.logit_diff_zero_total.values, rtol=6.1e-8, atol=1e-12
+    )
     assert dataset.attrs["dtype"] == "float64"
 
 

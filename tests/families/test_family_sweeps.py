@@ -110,7 +110,7 @@ def test_ablation_with_the_weights_of_the_checkpoint(zoo, name, token_prompts, p
         for head in (0, model.spec.n_heads - 1):
             edit = Edit(site="z", layer=layer, head=head, replacement=0.0)
             ablated = all_measured(logits_with(model, tokens, edit), token_prompts)["logprob"]
-            got = data["logprob_zero"].sel(layer=layer, head=head).values
+            got = data["logprob_zero_total"].sel(layer=layer, head=head).values
             assert np.abs(got - (ablated - clean)).max() < EXACT, (layer, head)
 
 
@@ -122,7 +122,7 @@ def test_prompts_of_other_lengths_change_nothing(zoo, name, token_prompts, metri
         prompt = token_prompts[row]
         columns = {key: column[row : row + 1] for key, column in SEVERAL.items()}
         alone = ablate(model, PromptSet.of([prompt], **columns), metric=metric)
-        for name in (f"{metric}_zero", f"{metric}_clean"):
+        for name in (f"{metric}_zero_total", f"{metric}_clean"):
             whole, single = together[name][row].values, alone[name][0].values
             if metric == "loss":
                 whole, single = whole[: len(prompt) - 1], single[: len(prompt) - 1]

@@ -35,7 +35,7 @@ def scan(
         {
             "direct_effect": of(heads, effect, "direct effect", "positive: the head helps"),
             f"{metric}_clean": of(("prompt",), np.arange(n_prompts, dtype="f4") / 8, "clean run", "clean"),
-            f"{metric}_zero": of(heads, -effect, "zero ablation", "ablated - clean"),
+            f"{metric}_zero_total": of(heads, -effect, "zero ablation", "ablated - clean"),
             "tokens": (("prompt", "pos"), np.full((n_prompts, 4), 7, dtype="i4")),
             "status": (("prompt",), np.ones(n_prompts, dtype="u1")),
         },

@@ -116,7 +116,7 @@ def test_page_of_a_scan(make_scan, page):
     found = page(dataset)
     assert [a["data-array"] for t, a in found.elements if t == "section" and "data-array" in a] == [
         "direct_effect",
-        "logit_diff_zero",
+        "logit_diff_zero_total",
     ]
     traces, layout, _ = found.figure("map-direct_effect")
     (trace,) = traces
@@ -143,7 +143,7 @@ def test_heads_are_listed_in_order(make_scan, page):
     assert order[0] == "L23H3"
     assert order[-1] == "L0H0"
     assert found.heads("direct_effect") == order[:10] + order[::-1][:10]
-    assert found.heads("logit_diff_zero")[0] == "L0H0", "the ablation has the other sign"
+    assert found.heads("logit_diff_zero_total")[0] == "L0H0", "the ablation has the other sign"
 
 
 def test_nothing_is_loaded_from_elsewhere(make_scan, page):
@@ -234,7 +234,7 @@ def test_head_picker_names_the_prompts_with_the_largest_effects(make_scan, page)
 
 def test_arrays_without_values_say_so(make_scan, page):
     dataset = make_scan(n_layers=3, n_heads=2, n_prompts=6)
-    dataset["logit_diff_zero"][:] = NAN
+    dataset["logit_diff_zero_total"][:] = NAN
     dataset["direct_effect"][2:4] = NAN
     dataset["direct_effect"][:, 1, 1] = NAN
     dataset["logit_diff_clean"][2] = NAN
@@ -242,7 +242,7 @@ def test_arrays_without_values_say_so(make_scan, page):
     found = page(dataset)
     text = " ".join(found.text.split())
     assert "There is no value in this array: every entry is NaN" in text
-    assert found.heads("logit_diff_zero") == []
+    assert found.heads("logit_diff_zero_total") == []
     assert "mean over the 4 prompts (of 6) that have values" in text
     assert "L1H1" not in found.heads("direct_effect")
     (trace,), _, _ = found.figure("map-direct_effect")
@@ -269,7 +269,7 @@ def test_nothing_but_nan_and_no_prompts(make_scan, page):
 def test_one_head_in_nats(make_scan, page):
     dataset = make_scan(n_layers=1, n_heads=1, n_prompts=4, metric="loss", units="nats")
     found = page(dataset)
-    assert found.heads("loss_zero") == ["L0H0"]
+    assert found.heads("loss_zero_total") == ["L0H0"]
     assert found.heads("direct_effect") == ["L0H0"]
     assert found.cells[0][-2:] == ["loss_clean (nats)", "status"]
     text = " ".join(found.text.split())
@@ -277,7 +277,7 @@ def test_one_head_in_nats(make_scan, page):
     assert "mean (nats)" in text
     assert "No head has a negative mean." in text
     assert "logit" not in text
-    (trace,), _, _ = found.figure("map-loss_zero")
+    (trace,), _, _ = found.figure("map-loss_zero_total")
     assert trace["colorbar"]["title"]["text"] == "nats"
     assert " nats<br>standard error" in trace["hovertext"][0][0]
 
@@ -285,17 +285,17 @@ def test_one_head_in_nats(make_scan, page):
 def test_direct_effect_against_ablation(make_scan, page):
     dataset = make_scan(n_layers=3, n_heads=2)
     dataset["direct_effect"][:, 2, 0] = NAN
-    traces, layout, _ = page(dataset).figure("against-logit_diff_zero")
+    traces, layout, _ = page(dataset).figure("against-logit_diff_zero_total")
     line, points = traces
     assert (line["x"][0], line["y"][0]) == (-line["x"][1], line["x"][1]), "y = -x"
     assert points["customdata"] == ["L0H0", "L0H1", "L1H0", "L1H1", "L2H1"]
-    for axis, name in (("x", "direct_effect"), ("y", "logit_diff_zero")):
+    for axis, name in (("x", "direct_effect"), ("y", "logit_diff_zero_total")):
         means = dataset[name].mean("prompt").to_numpy().ravel()[[0, 1, 2, 3, 5]]
         np.testing.assert_allclose(numbers(points[axis]), means, rtol=1e-5)
     assert layout["xaxis"]["title"]["text"] == "direct effect (logits)"
     assert layout["yaxis"]["title"]["text"] == "zero ablation (logits)"
-    dataset["logit_diff_zero"].attrs["units"] = "nats"
-    traces, _, _ = page(dataset).figure("against-logit_diff_zero")
+    dataset["logit_diff_zero_total"].attrs["units"] = "nats"
+    traces, _, _ = page(dataset).figure("against-logit_diff_zero_total")
     assert [trace["name"] for trace in traces] == ["heads"], "no diagonal across units"
     assert "Comparison" not in page(dataset.drop_vars("direct_effect")).text
 
@@ -362,8 +362,8 @@ def test_losses_are_averaged_over_each_prompts_positions(make_scan, page):
     nothing = [[NAN], [NAN]]
     values = np.array([[[1.0], [2.0]], [[3.0], [4.0]], nothing, nothing], dtype="f4")
     attrs = {"units": "nats", "long_name": "effect on loss"}
-    dataset["loss_zero"] = (("prompt", "pos", "layer", "head"), np.stack([values, values + 1]), attrs)
+    dataset["loss_zero_total"] = (("prompt", "pos", "layer", "head"), np.stack([values, values + 1]), attrs)
     found = page(dataset)
-    (heat,), _, _ = found.figure("map-loss_zero")
+    (heat,), _, _ = found.figure("map-loss_zero_total")
     assert [row[0] for row in map(numbers, heat["z"])] == [2.5, 3.5]
     assert "effect on loss, mean over positions" in found.text

@@ -1,4 +1,4 @@
-"""Edits from some position on, from another run, scaled and added, of neurons: against one whole forward per variant."""
+"""Edits from some position on, from another run, scaled and added, of neurons: against one forward per variant."""
 
 import dataclasses
 

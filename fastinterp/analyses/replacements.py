@@ -1,0 +1,111 @@
+"""What stands in place of an ablated activation: zero, its mean over a reference set, or another prompt's values."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastinterp.errors import OptionError, PromptError
+from fastinterp.model.forward import forward
+from fastinterp.model.intervene import Capture, Taps
+from fastinterp.model.model import Model
+from fastinterp.prompts import TokenizedPrompts
+
+MeanOver = Literal["tokens", "pos"]
+Means = Mapping[tuple[str, int], Float[Tensor, "*pos_and_rest"]]
+
+_MEAN_TOKENS = 4096
+
+
+@torch.no_grad()
+def mean_activations(
+    model: Model, prompts: TokenizedPrompts, sites: Mapping[str, set[int]], over: MeanOver = "tokens"
+) -> Means:
+    """Returns the mean of activations over all real tokens, or over those at each position, of a reference set.
+
+    ``{(site, layer): [..]}`` without the axes ``batch`` and ``pos``, or ``[pos, ..]``; NaN where no prompt of the set
+    has that position. In at least float32. Batches are combined by Welford's update in float64, so that the mean keeps
+    its precision over any number of tokens. Memory: the activations of one batch of 4096 tokens.
+    """
+    spec = model.spec
+    captures = [Capture(name=site, layers=tuple(sorted(layers))) for site, layers in sorted(sites.items())]
+    means: dict[tuple[str, int], Tensor] = {}
+    counts: dict[tuple[str, int], Tensor] = {}
+    for batch in prompts.batches(_MEAN_TOKENS):
+        batch = batch.to(model.device)
+        taps = Taps.of(spec.n_layers, capture=captures)
+        forward(spec, model.weights, batch.tokens, taps=taps)
+        mask = batch.mask
+        n_new = mask.sum(0) if over == "pos" else mask.sum()[None]
+        for (site, layer), value in taps.values.items():
+            assert layer is not None
+            wide = value.double().masked_fill(~mask.view(*mask.shape, *[1] * (value.ndim - 2)), 0.0)
+            total = wide.sum(0) if over == "pos" else wide.sum((0, 1))[None]
+            n_pos = prompts.max_len if over == "pos" else 1
+            key = (site, layer)
+            if key not in means:
+                means[key] = total.new_zeros(n_pos, *total.shape[1:])
+                counts[key] = n_new.new_zeros(n_pos)
+            mean, count = means[key][: len(total)], counts[key][: len(total)]
+            count += n_new
+            share = [1] * (total.ndim - 1)
+            present = n_new.view(-1, *share).double()
+            mean += (total - present * mean) / count.clamp(min=1).view(-1, *share)
+    wide_dtype = torch.promote_types(model.dtype, torch.float32)
+    found = {}
+    for key, mean in means.items():
+        absent = (counts[key] == 0).view(-1, *[1] * (mean.ndim - 1))
+        mean = mean.masked_fill(absent, torch.nan).to(wide_dtype)
+        found[key] = mean if over == "pos" else mean[0]
+    return found
+
+
+def with_source(prompts: TokenizedPrompts, seed: int) -> TokenizedPrompts:
+    """Returns the prompts with a ``corrupt`` one for each: its own, or else another of the same length.
+
+    Without a corrupt column every prompt is given a different one of the set, drawn by ``seed``: a cyclic shift of a
+    random order of all prompts of its length, so that none gets itself.
+
+    Raises:
+        PromptError: a prompt without a corrupt one, of another length than it, or alone of its length.
+    """
+    lengths = prompts.n_tokens
+    if prompts.corrupt is not None:
+        for row in prompts.accepted:
+            given, wanted = len(prompts.corrupt[row]), int(lengths[row])
+            if given != wanted:
+                raise PromptError(
+                    f"the corrupt prompt of prompt {row} (id {prompts.ids[row]!r}) has {given} tokens, the prompt has "
+                    f"{wanted}: values are taken position by position, so give one of the same length"
+                )
+        return prompts
+    rng = np.random.default_rng(seed)
+    corrupt = list(prompts.tokens)
+    for length in np.unique(lengths[prompts.accepted]):
+        rows = np.array([row for row in prompts.accepted if lengths[row] == length])
+        if len(rows) == 1:
+            raise PromptError(
+                f"no other prompt has {length} tokens like prompt {rows[0]} (id {prompts.ids[rows[0]]!r}), so that "
+                "there is none to resample from: give corrupt= prompts of the same length, or prompts of equal lengths"
+            )
+        order = rng.permutation(rows)
+        for row, other in zip(order, np.roll(order, 1), strict=True):
+            corrupt[row] = prompts.tokens[other]
+    return dataclasses.replace(prompts, corrupt=tuple(corrupt))
+
+
+def check_means(means: Means, n_pos: int) -> None:
+    """Raises :class:`OptionError` where means by position do not reach as far as the prompts."""
+    for (site, layer), mean in means.items():
+        known = mean[:n_pos]
+        bad = ~torch.isfinite(known.flatten(1)).all(1)
+        if len(known) < n_pos or bool(bad.any()):
+            first = int(bad.nonzero()[0, 0]) if bool(bad.any()) else len(known)
+            raise OptionError(
+                f"the reference prompts have no token at position {first}, and a prompt has {n_pos} tokens: there is "
+                f"no mean of {site} of layer {layer} there. Give longer reference prompts, or mean_over='tokens'"
+            )

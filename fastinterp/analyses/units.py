@@ -1,0 +1,159 @@
+"""What is ablated or patched: heads, MLPs, attention layers, blocks, neurons, or sets of these."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from fastinterp.analyses.base import head_coords
+from fastinterp.errors import OptionError, check_choice
+from fastinterp.model.spec import ModelSpec
+from fastinterp.names import check_index, head_label
+
+UnitKind = Literal["heads", "mlps", "attns", "layers", "neurons"]
+Units = UnitKind | Sequence[Any]
+
+KINDS = ("heads", "mlps", "attns", "layers", "neurons")
+
+_LABEL = re.compile(r"^(?:L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neuron>\d+))|(?P<kind>MLP|ATTN)(?P<at>\d+))$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One activation, or one head or neuron of it."""
+
+    site: str
+    layer: int
+    head: int | None = None
+    neuron: int | None = None
+
+    @property
+    def label(self) -> str:
+        """``L9H6``, ``MLP9``, ``ATTN9`` or ``L9N123``."""
+        if self.head is not None:
+            return head_label(self.layer, self.head)
+        if self.neuron is not None:
+            return f"L{self.layer}N{self.neuron}"
+        return f"{'MLP' if self.site == 'mlp_out' else 'ATTN'}{self.layer}"
+
+    def of(self, values: Shaped[Tensor, "*rest"]) -> Tensor:
+        """Returns this part of a whole activation, whose last axes are those of a head or of neurons."""
+        if self.head is not None:
+            return values[..., self.head, :]
+        return values if self.neuron is None else values[..., self.neuron]
+
+
+Unit = tuple[Part, ...]
+"""What is ablated together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenUnits:
+    """Units in order, and how results are labelled: ``values.unflatten(-1, shape)`` has the dims ``dims``."""
+
+    units: tuple[Unit, ...]
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    coords: dict[str, Any]
+
+    @property
+    def sites(self) -> dict[str, set[int]]:
+        """Which activations are concerned, and in which layers."""
+        found: dict[str, set[int]] = {}
+        for unit in self.units:
+            for part in unit:
+                found.setdefault(part.site, set()).add(part.layer)
+        return found
+
+    @property
+    def single_heads(self) -> list[tuple[int, int]] | None:
+        """The heads, in order, if every unit is one, and none is given twice."""
+        pairs = [(u[0].layer, u[0].head) for u in self.units if len(u) == 1 and u[0].head is not None]
+        if len(pairs) < len(self.units) or len(set(pairs)) < len(pairs):
+            return None
+        return pairs
+
+
+def choose_units(spec: ModelSpec, units: Units) -> ChosenUnits:
+    """Checks a choice of units against a model.
+
+    ``units`` is the name of a kind, or a list whose items are heads ``(10, 7)``, labels (``"L10H7"``, ``"MLP3"``,
+    ``"ATTN3"``, ``"L3N17"`` for a neuron), or lists of these, which are ablated together.
+
+    Raises:
+        OptionError: no such kind, an item that is none of these, or no item.
+        SiteRangeError: a layer, head or neuron that the model does not have.
+    """
+    if isinstance(units, str):
+        check_choice("units", units, KINDS)
+        return _all_of_a_kind(spec, units)
+    chosen = tuple(_unit(spec, item) for item in units)
+    if not chosen:
+        raise OptionError("units is empty: give 'heads', or a list such as [(10, 7), 'MLP3']")
+    labels = ["+".join(part.label for part in unit) for unit in chosen]
+    return ChosenUnits(units=chosen, dims=("unit",), shape=(len(chosen),), coords={"unit": (("unit",), labels)})
+
+
+def _all_of_a_kind(spec: ModelSpec, kind: str) -> ChosenUnits:
+    layers = range(spec.n_layers)
+    coords: dict[str, Any] = {"layer": (("layer",), list(layers))}
+    if kind == "heads":
+        heads = tuple((Part(site="z", layer=i, head=h),) for i in layers for h in range(spec.n_heads))
+        return ChosenUnits(
+            units=heads, dims=("layer", "head"), shape=(spec.n_layers, spec.n_heads), coords=dict(head_coords(spec))
+        )
+    if kind == "neurons":
+        d_mlp = spec.mlp.d_mlp
+        neurons = tuple((Part(site="post", layer=i, neuron=n),) for i in layers for n in range(d_mlp))
+        coords["neuron"] = (("neuron",), list(range(d_mlp)))
+        return ChosenUnits(units=neurons, dims=("layer", "neuron"), shape=(spec.n_layers, d_mlp), coords=coords)
+    sites = {"mlps": ("mlp_out",), "attns": ("attn_out",), "layers": ("attn_out", "mlp_out")}[kind]
+    units = tuple(tuple(Part(site=site, layer=i) for site in sites) for i in layers)
+    return ChosenUnits(units=units, dims=("layer",), shape=(spec.n_layers,), coords=coords)
+
+
+def _unit(spec: ModelSpec, item: Any) -> Unit:
+    if isinstance(item, str) or _is_pair(item):
+        return (_part(spec, item),)
+    if isinstance(item, Iterable):
+        parts = tuple(_part(spec, one) for one in item)
+        if parts and len(set(parts)) == len(parts):
+            return parts
+    raise OptionError(f"units has {item!r}: {_EXPECTED}")
+
+
+def _part(spec: ModelSpec, item: Any) -> Part:
+    if _is_pair(item):
+        layer, head = item
+        layer = check_index("layer", int(layer), spec.n_layers)
+        return Part(site="z", layer=layer, head=check_index("head", int(head), spec.n_heads))
+    found = _LABEL.match(item) if isinstance(item, str) else None
+    if found is None:
+        raise OptionError(f"units has {item!r}: {_EXPECTED}")
+    if found["kind"]:
+        layer = check_index("layer", int(found["at"]), spec.n_layers)
+        return Part(site="mlp_out" if found["kind"] == "MLP" else "attn_out", layer=layer)
+    if found["head"]:
+        return _part(spec, (int(found["layer"]), int(found["head"])))
+    layer = check_index("layer", int(found["layer"]), spec.n_layers)
+    return Part(site="post", layer=layer, neuron=check_index("neuron", int(found["neuron"]), spec.mlp.d_mlp))
+
+
+def _is_pair(item: Any) -> bool:
+    if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
+        return False
+    return all(isinstance(index, int) and not isinstance(index, bool) for index in item)
+
+
+_EXPECTED = (
+    "give heads as (10, 7) or 'L10H7', 'MLP3', 'ATTN3', neurons as 'L3N17', or a list of these to ablate them together"
+)
+
+
+def all_parts(spec: ModelSpec) -> list[Part]:
+    """Every head and every MLP."""
+    heads = [Part(site="z", layer=i, head=h) for i in range(spec.n_layers) for h in range(spec.n_heads)]
+    return heads + [Part(site="mlp_out", layer=i) for i in range(spec.n_layers)]
