@@ -309,6 +309,7 @@ def _compile(capability: int, dtype: str = "fp32", *, b: bool = True, block_d: i
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_compiles_without_spills_to_wide_loads(capability: int, dtype: str, b: bool, block_d: int) -> None:
     compiled = _compile(capability, dtype, b=b, block_d=block_d)
+    print(f"attribution_reduce {dtype} b {b} block {block_d}: {compiled}")
     assert_fits(compiled)
     main = [loop for loop in loops(compiled) if "LDG" in loop]
     assert len(main) == 1
