@@ -8,7 +8,7 @@ own operations; all but scores and patterns, which fused attention does not form
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,39 @@ from fastinterp.names import ACTIVATIONS
 # The residual stream is held in front of every eighth layer; between those it is summed up.
 CHECKPOINT_LAYERS = 8
 
-Recipe = Callable[[Mapping[str, Tensor]], Tensor]
+Recipe = Callable[["Recording"], Tensor]
 Read = Callable[..., Tensor]
+
+
+class Recording:
+    """The dictionary as a recipe gets it: derives what it is asked for, and notes which tensors that came from."""
+
+    def __init__(self, entries: Mapping[str, Tensor | Recipe], sources: list[Tensor]) -> None:
+        """Reads ``entries``, and appends to ``sources``."""
+        self._entries, self.sources = entries, sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Returns a tensor; raises ``KeyError``."""
+        entry = self._entries[name]
+        if not isinstance(entry, Tensor):
+            return entry(self)
+        self.sources.append(entry)
+        return entry
+
+
+class Memo(NamedTuple):
+    """What was derived last, if it was read more than once: a copy, and copies of what it came from."""
+
+    name: str
+    value: Tensor | None = None
+    sources: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def read(self, name: str) -> Tensor | None:
+        """Returns a copy of the value, if it has this name and its sources are what they were."""
+        if self.name != name or self.value is None:
+            return None
+        same = all(torch.equal(now, then) for now, then in self.sources)
+        return self.value.clone() if same else None
 
 
 class Activations(MutableMapping[str, Tensor]):
@@ -33,16 +64,36 @@ class Activations(MutableMapping[str, Tensor]):
 
     A derived tensor belongs to whoever read it: to change it in the cache, assign it. Assigning or deleting anything
     that is held first computes all that might follow from it, so that nothing else changes with it.
+
+    Of a pattern or scores that are read several times in a row, a copy is kept until something else is read: reading
+    head by head costs a copy each time, not the attention. Once what it came from is edited, it is computed anew.
     """
 
     def __init__(self, entries: Mapping[str, Tensor | Recipe]) -> None:
         """Takes over tensors, and recipes that get this dictionary and return a tensor."""
         self._entries: dict[str, Tensor | Recipe] = dict(entries)
+        self._memo: Memo | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """Returns a tensor; raises ``KeyError``."""
         entry = self._entries[name]
-        return entry if isinstance(entry, Tensor) else entry(self)
+        if isinstance(entry, Tensor):
+            return entry
+        memo = self._memo
+        found = None if memo is None else memo.read(name)
+        if found is not None:
+            return found
+        recording = Recording(self._entries, [])
+        value = entry(recording)
+        again = memo is not None and memo.name == name
+        # Worth it where there is more in the result than in what it came from: patterns and scores of long prompts.
+        large = value.numel() > sum(source.numel() for source in recording.sources)
+        if again and large and not value.requires_grad:
+            sources = tuple((source, source.clone()) for source in recording.sources)
+            self._memo = Memo(name, value.clone(), sources)
+        else:
+            self._memo = Memo(name)
+        return value
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -58,12 +109,14 @@ class Activations(MutableMapping[str, Tensor]):
         if isinstance(self._entries.get(name), Tensor):
             self._hold_all()
         self._entries[name] = value
+        self._memo = None
 
     def __delitem__(self, name: str) -> None:
         """Forgets this name; raises ``KeyError``."""
         if isinstance(self._entries[name], Tensor):
             self._hold_all()
         del self._entries[name]
+        self._memo = None
 
     def __repr__(self) -> str:
         return f"Activations({list(self)})"
@@ -92,8 +145,8 @@ class Activations(MutableMapping[str, Tensor]):
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> "Activations":
         """Returns it with ``change(name, tensor)`` for each tensor: now of what is held, later of what is derived."""
 
-        def later(name: str, _: Mapping[str, Tensor]) -> Tensor:
-            return change(name, self[name])
+        def later(name: str, reading: Recording) -> Tensor:
+            return change(name, Recording(self._entries, reading.sources)[name])
 
         return Activations(
             {
@@ -165,7 +218,7 @@ def derivable(
 def recipe(spec: ModelSpec, weights: Weights, name: str, layer: int | None) -> Recipe:
     """Returns how to compute a derivable activation from the others of its cache."""
 
-    def compute(activations: Mapping[str, Tensor]) -> Tensor:
+    def compute(activations: Recording) -> Tensor:
         def read(source: str, at: int | None = layer) -> Tensor:
             return activations[ACTIVATIONS[source].hook.format(layer=at)]
 
