@@ -27,6 +27,8 @@ _PUBLIC = {
     "PromptSet": "fastinterp.prompts",
     "TASKS": "fastinterp.prompts",
     "ablate": "fastinterp.analyses",
+    "activation_patch": "fastinterp.analyses",
+    "circuit": "fastinterp.analyses",
     "describe": "fastinterp.engine",
     "direct_effect": "fastinterp.analyses",
     "direct_logit_attribution": "fastinterp.analyses",
@@ -44,6 +46,8 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from fastinterp.analyses import (
         ablate,
+        activation_patch,
+        circuit,
         direct_effect,
         direct_logit_attribution,
         head_logits,
@@ -76,6 +80,8 @@ __all__ = [
     "ModelSpec",
     "PromptSet",
     "ablate",
+    "activation_patch",
+    "circuit",
     "describe",
     "direct_effect",
     "direct_logit_attribution",

@@ -1,6 +1,7 @@
 """Analyses: pure functions of one batch, and the functions that run them over prompts and label the result."""
 
 from fastinterp.analyses.ablation import Ablation, ablate
+from fastinterp.analyses.activation_patching import ActivationPatch, activation_patch
 from fastinterp.analyses.base import (
     Analysis,
     Field,
@@ -11,6 +12,7 @@ from fastinterp.analyses.base import (
     provenance,
     tokenized,
 )
+from fastinterp.analyses.circuits import Circuit, circuit
 from fastinterp.analyses.direct_effect import DirectEffect, direct_effect
 from fastinterp.analyses.direct_logit_attribution import DirectLogitAttribution, direct_logit_attribution
 from fastinterp.analyses.head_logits import HeadLogits, head_logits
@@ -20,6 +22,8 @@ from fastinterp.prompts.given import accepting
 
 # What people call takes a HookedTransformer and lists of prompts too; here, so that it is the same for all.
 ablate = accepting(ablate)
+activation_patch = accepting(activation_patch)
+circuit = accepting(circuit)
 direct_effect = accepting(direct_effect)
 direct_logit_attribution = accepting(direct_logit_attribution)
 head_logits = accepting(head_logits)
@@ -28,13 +32,17 @@ weight_logits = accepting(weight_logits)
 
 __all__ = [
     "Ablation",
+    "ActivationPatch",
     "Analysis",
+    "Circuit",
     "DirectEffect",
     "DirectLogitAttribution",
     "Field",
     "HeadLogits",
     "LogitLens",
     "ablate",
+    "activation_patch",
+    "circuit",
     "collect",
     "compute_checked",
     "direct_effect",

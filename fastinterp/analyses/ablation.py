@@ -251,8 +251,9 @@ class Ablation:
         wheres: Sequence[Bool[Tensor, "batch pos"] | None],
     ) -> dict[tuple[str, Mode], Tensor]:
         """Effects ``[where, unit, batch, (pos)]`` of running the rest of the model again."""
+        n_pos = batch.tokens.shape[1]
         variants = [
-            Variant(edits=tuple(self._edit(part, mode, where, batch) for part in unit))
+            Variant(edits=tuple(edit_of(part, mode, self.means, self.mean_over, n_pos, where) for part in unit))
             for mode in self.modes
             for where in wheres
             for unit in chosen.units
@@ -275,22 +276,6 @@ class Ablation:
             for index, mode in enumerate(self.modes)
         }
 
-    def _edit(self, part: Part, mode: Mode, where: Tensor | None, batch: Batch) -> Edit:
-        replacement: Any = {"zero": 0.0, "resample": SOURCE}.get(mode)
-        if mode == "mean":
-            assert self.means is not None
-            replacement = part.of(self.means[part.site, part.layer])
-            if self.mean_over == "pos":
-                replacement = replacement[None, : batch.tokens.shape[1]]
-        return Edit(
-            site=part.site,
-            layer=part.layer,
-            head=part.head,
-            neuron=part.neuron,
-            positions=where,
-            replacement=replacement,
-        )
-
     def _where_edited(
         self, effects: Tensor, where: Bool[Tensor, "batch pos"] | None, name: str, batch: Batch
     ) -> Tensor:
@@ -308,6 +293,31 @@ class Ablation:
             effects = effects.masked_fill(absent.view(len(effects), 1, -1, *[1] * (effects.ndim - 3)), torch.nan)
         moved: Tensor = effects.movedim((0, 1), (-2, -1)).unflatten(-1, chosen.shape)
         return moved if self.pos == "each" else moved.squeeze(-1 - len(chosen.shape))
+
+
+def edit_of(
+    part: Part,
+    mode: Mode,
+    means: Means | None,
+    mean_over: MeanOver,
+    n_pos: int,
+    where: Bool[Tensor, "batch pos"] | None = None,
+) -> Edit:
+    """Returns the edit that ablates one part, in prompts of ``n_pos`` tokens."""
+    replacement: Any = {"zero": 0.0, "resample": SOURCE}.get(mode)
+    if mode == "mean":
+        assert means is not None
+        replacement = part.of(means[part.site, part.layer])
+        if mean_over == "pos":
+            replacement = replacement[None, :n_pos]
+    return Edit(
+        site=part.site,
+        layer=part.layer,
+        head=part.head,
+        neuron=part.neuron,
+        positions=where,
+        replacement=replacement,
+    )
 
 
 def _described(pos: EditPos) -> str:

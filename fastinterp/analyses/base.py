@@ -174,7 +174,7 @@ def prepared(analysis: Analysis, model: Model, prompts: TokenizedPrompts) -> tup
 def check_finite(field: Field, metric: Metric, values: Tensor, batch: Batch) -> None:
     """Raises :class:`NonFiniteError` for a value that is NaN or infinite, except where a prompt has none.
 
-    Along ``pos`` and ``edit_pos`` that is padding, and for a metric of the next token a prompt's last token.
+    Along positions that is padding, and for a metric of the next token a prompt's last token.
     """
     bad = ~torch.isfinite(values)
     measured = METRICS.get(str(field.attrs.get("metric")), metric)
@@ -183,8 +183,8 @@ def check_finite(field: Field, metric: Metric, values: Tensor, batch: Batch) -> 
         if measured.per_token:
             has_value = has_value & (torch.arange(values.shape[1], device=values.device) < batch.last[:, None])
         bad &= has_value.view(*has_value.shape, *[1] * (values.ndim - 2))
-    if "edit_pos" in field.dims:
-        axis = 1 + field.dims.index("edit_pos")
+    for dim in sorted({"edit_pos", "query_pos", "key_pos"} & set(field.dims)):
+        axis = 1 + field.dims.index(dim)
         bad &= batch.mask.view(len(batch), *[1] * (axis - 1), -1, *[1] * (values.ndim - 1 - axis))
     raise_non_finite(field.name, bad.flatten(1).any(-1) if bad.ndim > 1 else bad, batch)
 

@@ -29,7 +29,7 @@ class Clean:
     """The clean run of a batch: its final residual, at the last tokens or everywhere, and its metrics."""
 
     resid: Float[Tensor, "batch *pos d_model"]
-    values: dict[str, Float[Tensor, "batch *pos"]]
+    values: dict[str, Float[Tensor, "batch ..."]]
 
 
 def clean_run(model: Model, batch: Batch, metrics: Sequence[Metric]) -> Clean:
@@ -49,7 +49,7 @@ def measure(
     metrics: Sequence[Metric],
     resid: Float[Tensor, "variant batch *pos d_model"],
     clean: Float[Tensor, "batch *pos d_model"],
-) -> dict[str, Float[Tensor, "variant batch *pos"]]:
+) -> dict[str, Float[Tensor, "variant batch ..."]]:
     """Returns metrics of final residuals at the last tokens, or at all positions if one has a value at each."""
     every = per_token(metrics)
     values: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def _normalized(model: Model, resid: Tensor, batch: Batch, *, every_position: bo
 
 def measure_swept(
     model: Model, batch: Batch, metrics: Sequence[Metric], swept: Swept, clean: Clean
-) -> dict[str, Float[Tensor, "variant batch *pos"]]:
+) -> dict[str, Float[Tensor, "variant batch ..."]]:
     """Returns metrics of a group of variants, ``[variant, batch]`` or, those with a value per token, with ``pos``.
 
     In front of where variants begin they have the clean run's values.

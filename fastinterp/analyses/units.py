@@ -153,7 +153,7 @@ _EXPECTED = (
 )
 
 
-def all_parts(spec: ModelSpec) -> list[Part]:
+def every_part(spec: ModelSpec) -> list[Part]:
     """Every head and every MLP."""
     heads = [Part(site="z", layer=i, head=h) for i in range(spec.n_layers) for h in range(spec.n_heads)]
     return heads + [Part(site="mlp_out", layer=i) for i in range(spec.n_layers)]

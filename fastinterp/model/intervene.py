@@ -47,8 +47,8 @@ class Edit:
     ``replacement`` broadcasts against the changed part: ``0.0`` for zero ablation, a mean, another run's values.
     ``how`` says what becomes of it: ``"set"`` puts it in place, ``"scale"`` multiplies by it, ``"add"`` adds it
     (steering). ``head`` indexes the axis called ``head`` or ``kv_head`` of the site, ``neuron`` the axis ``d_mlp``.
-    Without ``positions`` it is all of them; those of ``attn_scores`` and ``pattern`` are the queries'. A replacement of
-    ``SOURCE`` stands for the source run of a sweep, and a forward by itself has none.
+    Without ``positions`` it is all of them; those of ``attn_scores`` and ``pattern`` are the queries', and ``keys`` are
+    those of the keys. A replacement of ``SOURCE`` stands for the source run of a sweep; a forward by itself has none.
     """
 
     site: str
@@ -56,6 +56,7 @@ class Edit:
     head: int | None = None
     neuron: int | None = None
     positions: Bool[Tensor, "batch pos"] | None = None
+    keys: Bool[Tensor, "batch pos"] | None = None
     replacement: Tensor | float | Literal["source"] = 0.0
     how: Literal["set", "scale", "add"] = "set"
     changes: ClassVar[bool] = True
@@ -66,6 +67,7 @@ class Edit:
         for name, given, axes in (
             ("head", self.head, {"head", "kv_head"}),
             ("neuron", self.neuron, {"d_mlp"}),
+            ("keys", self.keys, {"key_pos"}),
         ):
             if given is not None and not axes & set(dims):
                 raise OptionError(f"site {self.site!r} has no {name} axis (its dims are {dims}): leave {name}=None")
@@ -130,14 +132,21 @@ class Edit:
         part = self._part(value)
         given = torch.as_tensor(self.replacement, dtype=value.dtype, device=value.device)
         changed = given if self.how == "set" else part * given if self.how == "scale" else part + given
-        if self.positions is None:
-            part.copy_(changed.expand_as(part))
-        else:
-            mask = self.positions
-            if self.by_query and self.head is None:
-                mask = mask[:, None]
-            part.copy_(torch.where(mask.view(*mask.shape, *[1] * (part.ndim - mask.ndim)), changed, part))
+        where = self._where(part)
+        part.copy_(changed.expand_as(part) if where is None else torch.where(where, changed, part))
         return value
+
+    def _where(self, part: Tensor) -> Bool[Tensor, "..."] | None:
+        """Which entries of the part are changed, to be broadcast against it; None for all."""
+        mask = self.positions
+        if mask is not None:
+            mask = mask.view(*mask.shape, *[1] * (part.ndim - mask.ndim - (self.by_query and self.head is None)))
+        if self.keys is not None:
+            keys = self.keys[:, None]
+            mask = keys if mask is None else mask & keys
+        if mask is not None and self.by_query and self.head is None:
+            mask = mask[:, None]
+        return mask
 
 
 @dataclass(frozen=True, kw_only=True)

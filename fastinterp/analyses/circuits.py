@@ -1,0 +1,211 @@
+"""Circuits: what a model still does with a set of heads and MLPs alone, everything else ablated."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from fastinterp.analyses.ablation import MODES, Mode, edit_of
+from fastinterp.analyses.base import Field, collect, tokenized
+from fastinterp.analyses.measuring import clean_run, measure_swept
+from fastinterp.analyses.replacements import MeanOver, Means, check_means, mean_activations, with_source
+from fastinterp.analyses.units import Part, choose_units, every_part
+from fastinterp.errors import MetricError, OptionError, check_choice
+from fastinterp.metrics import Metric, get_metric
+from fastinterp.model.model import Model
+from fastinterp.model.spec import ModelSpec
+from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
+from fastinterp.sweep import Variant, sweep
+
+Among = Literal["heads", "mlps", "heads and mlps"]
+
+
+def circuit(
+    model: Model,
+    prompts: PromptSet | TokenizedPrompts,
+    keep: Sequence[Any],
+    mode: Mode = "mean",
+    metric: str = "logit_diff",
+    among: Among = "heads and mlps",
+    reference: PromptSet | TokenizedPrompts | None = None,
+    mean_over: MeanOver = "tokens",
+    seed: int = 0,
+) -> xr.Dataset:
+    """Returns the metric of sets of heads and MLPs with everything else ablated, and how faithful they are.
+
+    ``faithfulness = (mean metric of the set - mean metric of nothing) / (mean metric of the model - that of nothing)``,
+    means over prompts: 1 for all of the model, 0 for nothing kept. Equivalent to one run with hooks on ``hook_z`` and
+    ``hook_mlp_out`` of every layer per set; all sets go through the model together.
+
+    Args:
+        keep: heads ``(10, 7)`` or ``"L10H7"`` and ``"MLP3"``; or several such lists, one for each set.
+        mode: what stands in place of the rest; see :func:`ablate`.
+        metric: any metric that is read at the last token.
+        among: what is ablated unless it is kept.
+        reference, mean_over, seed: as in :func:`ablate`.
+
+    Returns:
+        ``{metric}_circuit`` (prompt, circuit), ``{metric}_clean`` and ``{metric}_nothing`` (prompt), and
+        ``faithfulness`` (circuit), NaN where the model does no better than nothing.
+
+    Raises:
+        OptionError: no set, or parts that are neither heads nor MLPs, or not ``among`` those that are ablated.
+        SiteRangeError: a layer or head that the model does not have.
+        MetricError: a metric with a value per token.
+
+    Memory: as :func:`ablate`, one variant for each set.
+    Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
+
+    Example:
+        >>> found = fastinterp.circuit(model, prompts, [(9, 6), (9, 9), "MLP0"])                   # doctest: +SKIP
+        >>> float(found["faithfulness"][0])                                                        # doctest: +SKIP
+    """
+    analysis = Circuit(keep=tuple(keep), mode=mode, metric_name=metric, among=among, mean_over=mean_over, seed=seed)
+    analysis.sets(model.spec)
+    tokens = tokenized(model, prompts, analysis.metric)
+    known = None if reference is None else tokenized(model, reference, get_metric("loss"))
+    prepared, tokens = analysis.prepared(model, tokens, known)
+    found = collect(prepared, model, tokens)
+    nothing, whole = found[f"{metric}_nothing"].mean("prompt"), found[f"{metric}_clean"].mean("prompt")
+    share = (found[f"{metric}_circuit"].mean("prompt") - nothing) / (whole - nothing)
+    share.attrs = {
+        "units": "1",
+        "long_name": "share of the metric's mean that the circuit keeps",
+        "sign": "1 is all of the model, 0 is nothing kept",
+    }
+    return found.assign(faithfulness=share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circuit:
+    """The analysis behind :func:`circuit`, for one batch."""
+
+    keep: tuple[Any, ...]
+    mode: Mode = "mean"
+    metric_name: str = "logit_diff"
+    among: Among = "heads and mlps"
+    mean_over: MeanOver = "tokens"
+    seed: int = 0
+    means: Means | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuses modes, metrics and choices that there are not."""
+        check_choice("mode", self.mode, MODES)
+        check_choice("among", self.among, ("heads", "mlps", "heads and mlps"))
+        check_choice("mean_over", self.mean_over, ("tokens", "pos"))
+        if self.metric.per_token:
+            raise MetricError(
+                f"metric {self.metric_name!r} has a value at every token: choose one of the last token, such as 'logprob'"
+            )
+
+    @property
+    def metric(self) -> Metric:
+        """What the circuit is judged by."""
+        return get_metric(self.metric_name)
+
+    def sets(self, spec: ModelSpec) -> list[frozenset[Part]]:
+        """Returns what each set keeps; raises :class:`OptionError` for what is no set of heads and MLPs."""
+        if not self.keep:
+            raise OptionError("keep is empty: give heads and MLPs such as [(9, 6), 'MLP0'], or [[]] for nothing")
+        several = all(isinstance(item, list | set | frozenset) for item in self.keep)
+        given = [list(item) for item in self.keep] if several else [list(self.keep)]
+        ablated = set(self.candidates(spec))
+        found = []
+        for items in given:
+            parts = {part for item in items for unit in choose_units(spec, [item]).units for part in unit}
+            other = next((part for part in sorted(parts, key=lambda p: p.label) if part not in ablated), None)
+            if other is not None:
+                raise OptionError(
+                    f"keep has {other.label}, and what is ablated unless it is kept are {self.among}: leave it out"
+                )
+            found.append(frozenset(parts))
+        return found
+
+    def candidates(self, spec: ModelSpec) -> list[Part]:
+        """What is ablated unless it is kept."""
+        sites = {"heads": ("z",), "mlps": ("mlp_out",)}.get(self.among, ("z", "mlp_out"))
+        return [part for part in every_part(spec) if part.site in sites]
+
+    def prepared(
+        self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None
+    ) -> tuple["Circuit", TokenizedPrompts]:
+        """Returns the analysis with its means, and the prompts with what to resample from."""
+        self.sets(model.spec)
+        if self.mode == "resample":
+            return self, with_source(prompts, self.seed)
+        if self.mode == "zero":
+            return self, prompts
+        sites = {part.site: set(range(model.spec.n_layers)) for part in self.candidates(model.spec)}
+        means = mean_activations(model, prompts if reference is None else reference, sites, self.mean_over)
+        if self.mean_over == "pos":
+            check_means(means, prompts.max_len)
+        return dataclasses.replace(self, means=means), prompts
+
+    def tokens_per_batch(self, model: Model) -> int:
+        """As many tokens as keep all sets' residuals within 256 MiB."""
+        each = (len(self.keep) + 1) * model.spec.d_model * model.weights.W_E.element_size()
+        budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
+        return max(256, min(4096, budget // each))
+
+    def cost(self, spec: ModelSpec, n_tokens: int) -> float:
+        """One forward for each set, one of the model, and one with nothing kept."""
+        return float((len(self.keep) + 2) * n_tokens * spec.n_layers * spec.flops_per_token_block())
+
+    def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
+        """The metric of every set, of the model, and of nothing."""
+        name = self.metric.name
+        attrs = {"units": self.metric.units, "metric": name, "pos": "-1", "sign": "the value itself, not an effect"}
+        labels = ["+".join(sorted(part.label for part in kept)) for kept in self.sets(spec)]
+        kept_only = attrs | {"ablation": self.mode, "ablated": self.among, "mean_over": self.mean_over}
+        return (
+            Field(name=f"{name}_clean", dims=(), shape=(), attrs=attrs | {"long_name": self.metric.long_name}),
+            Field(
+                name=f"{name}_nothing",
+                dims=(),
+                shape=(),
+                attrs=kept_only | {"long_name": f"{self.metric.long_name}, nothing kept"},
+            ),
+            Field(
+                name=f"{name}_circuit",
+                dims=("circuit",),
+                shape=(len(labels),),
+                attrs=kept_only | {"long_name": f"{self.metric.long_name}, the circuit alone kept"},
+                coords={"circuit": (("circuit",), labels)},
+            ),
+        )
+
+    @torch.no_grad()
+    def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Returns ``{metric_clean: [batch], metric_nothing: [batch], metric_circuit: [batch, circuit]}``."""
+        clean = clean_run(model, batch, [self.metric])
+        candidates = self.candidates(model.spec)
+        n_pos = batch.tokens.shape[1]
+        sets = [frozenset[Part](), *self.sets(model.spec)]
+        name, dtype = self.metric.name, torch.promote_types(model.dtype, torch.float32)
+        out = clean.values[name].expand(len(sets), -1).clone()
+        edited = [(i, [part for part in candidates if part not in kept]) for i, kept in enumerate(sets)]
+        # A set that keeps all of the model is the clean run.
+        edited = [(i, parts) for i, parts in edited if parts]
+        variants = [
+            Variant(edits=tuple(edit_of(part, self.mode, self.means, self.mean_over, n_pos) for part in parts))
+            for _, parts in edited
+        ]
+        for swept in sweep(
+            model,
+            batch.tokens,
+            variants,
+            n_tokens=batch.n_tokens,
+            at=batch.last,
+            source=batch.corrupt if self.mode == "resample" else None,
+        ):
+            where = [edited[index][0] for index in swept.indices]
+            out[where] = measure_swept(model, batch, [self.metric], swept, clean)[name].to(out.dtype)
+        return {
+            f"{name}_clean": clean.values[name].to(dtype),
+            f"{name}_nothing": out[0].to(dtype),
+            f"{name}_circuit": out[1:].T.to(dtype),
+        }
