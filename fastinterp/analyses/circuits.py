@@ -99,7 +99,8 @@ class Circuit:
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
         if self.metric.per_token:
             raise MetricError(
-                f"metric {self.metric_name!r} has a value at every token: choose one of the last token, such as 'logprob'"
+                f"metric {self.metric_name!r} has a value at every token: choose one that is read at the last, such as "
+                "'logprob'"
             )
 
     @property
