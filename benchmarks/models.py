@@ -61,7 +61,7 @@ class Fixtures:
         if not self.random_tokens:
             return self._ioi(n_prompts)
         on_gpu = self.device.type == "cuda"
-        return self._random(*((50, 200) if on_gpu else (n_prompts, IOI_TOKENS)))
+        return self.random(*((50, 200) if on_gpu else (n_prompts, IOI_TOKENS)))
 
     def _ioi(self, n_prompts: int) -> Workload:
         drawn = ioi(max(256, 16 * n_prompts), seed=0, model=self.model)
@@ -87,7 +87,8 @@ class Fixtures:
         ids = [answer if isinstance(answer, int) else self.bridge.to_single_token(answer) for answer in answers]
         return torch.tensor(ids, device=self.device)
 
-    def _random(self, n_prompts: int, n_pos: int) -> Workload:
+    def random(self, n_prompts: int, n_pos: int) -> Workload:
+        """Returns prompts of random tokens, the same each time, with random answers."""
         generator = torch.Generator().manual_seed(0)
         d_vocab = self.model.spec.d_vocab
         tokens = torch.randint(d_vocab, (n_prompts, n_pos), generator=generator)

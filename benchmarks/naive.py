@@ -69,7 +69,7 @@ def logit_diff(
     bridge: Any, tokens: Int[Tensor, "batch pos"], answer: Int[Tensor, " batch"], wrong: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
     """``logit[answer] - logit[wrong]`` at the last position of the clean run."""
-    return _difference(bridge(tokens, return_type="logits"), answer, wrong)
+    return difference(bridge(tokens, return_type="logits"), answer, wrong)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def ablated_logit_diff(
         return_type="logits",
         **forward_options,
     )
-    return _difference(logits, answer, wrong)
+    return difference(logits, answer, wrong)
 
 
 @torch.no_grad()
@@ -123,13 +123,14 @@ def ablated_logit_diff_of_layer(
         return_type="logits",
         logits_to_keep=1,
     )
-    difference = _difference(logits, answer.repeat(n_heads), wrong.repeat(n_heads))
-    return difference.unflatten(0, (n_heads, len(tokens))).T
+    both = difference(logits, answer.repeat(n_heads), wrong.repeat(n_heads))
+    return both.unflatten(0, (n_heads, len(tokens))).T
 
 
-def _difference(
+def difference(
     logits: Float[Tensor, "batch pos d_vocab"], answer: Int[Tensor, " batch"], wrong: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
+    """``logit[answer] - logit[wrong]`` at the last position of the logits given."""
     last = logits[:, -1]
     return (last.gather(1, answer[:, None]) - last.gather(1, wrong[:, None])).squeeze(1)
 
