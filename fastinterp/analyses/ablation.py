@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from fastinterp.analyses.base import Field, collect, tokenized
 from fastinterp.analyses.direct_units import direct_values
-from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, edited_positions
+from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, check_edited, edited_positions
 from fastinterp.analyses.measuring import Clean, clean_run, measure_swept, per_token
-from fastinterp.analyses.replacements import MeanOver, Means, check_means, mean_activations, with_source
+from fastinterp.analyses.replacements import MeanOver, Means, check_reference, mean_activations, with_source
 from fastinterp.analyses.units import ChosenUnits, Part, Units, choose_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.metrics import Metric, get_metric
@@ -142,14 +143,17 @@ class Ablation:
         self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None
     ) -> tuple["Ablation", TokenizedPrompts]:
         """Returns the analysis with its means, and the prompts with what to resample from."""
+        # All that can be refused is, before the model runs.
+        check_edited(self.pos, prompts)
+        known = prompts if reference is None else reference
+        if "mean" in self.modes and self.mean_over == "pos":
+            check_reference(known, prompts.max_len)
+        sourced = with_source(prompts, self.seed) if "resample" in self.modes else prompts
         found = dataclasses.replace(self, n_prompts=len(prompts))
         if "mean" in self.modes:
-            sites = choose_units(model.spec, self.units).sites
-            means = mean_activations(model, prompts if reference is None else reference, sites, self.mean_over)
-            if self.mean_over == "pos":
-                check_means(means, prompts.max_len)
+            means = mean_activations(model, known, choose_units(model.spec, self.units).sites, self.mean_over)
             found = dataclasses.replace(found, means=means)
-        return found, (with_source(prompts, self.seed) if "resample" in self.modes else prompts)
+        return found, sourced
 
     @property
     def effects(self) -> tuple[Literal["total", "direct"], ...]:
@@ -323,4 +327,4 @@ def edit_of(
 def _described(pos: EditPos) -> str:
     if isinstance(pos, slice):
         return f"{'' if pos.start is None else pos.start}:{'' if pos.stop is None else pos.stop}"
-    return str(pos) if isinstance(pos, int | str) else "one for each prompt"
+    return str(pos) if isinstance(pos, int | np.integer | str) else "one for each prompt"

@@ -106,8 +106,14 @@ class _Rows:
         return mean[self.written.pos] if by_pos else mean[None]
 
     def _change(self, unit: Unit) -> Float[Tensor, "row d_model"]:
-        """What is added to the normalised residual in place of the unit."""
-        return torch.stack([self._change_of_part(part) for part in unit]).sum(0)
+        """What is added to the normalised residual in place of the unit.
+
+        Heads and neurons of a whole sublayer that is replaced itself count with it, not a second time.
+        """
+        replaced = {(part.site, part.layer) for part in unit}
+        sums = {"z": "attn_out", "post": "mlp_out"}
+        parts = [part for part in unit if (sums.get(part.site), part.layer) not in replaced]
+        return torch.stack([self._change_of_part(part) for part in parts]).sum(0)
 
     def _change_of_part(self, part: Part) -> Float[Tensor, "row d_model"]:
         written, layer = self.written, part.layer

@@ -9,7 +9,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fastinterp.errors import OptionError, SiteRangeError
-from fastinterp.prompts import Batch
+from fastinterp.prompts import Batch, TokenizedPrompts
+
+_CHECKED_TOKENS = 1 << 16
 
 EditPos = int | slice | Sequence[int] | Literal["all", "each"]
 
@@ -31,6 +33,12 @@ def check_edit_pos(pos: Any) -> None:
 
 def _is_column(pos: Any) -> bool:
     return np.ndim(pos) == 1 and np.asarray(pos).dtype.kind in "iu"
+
+
+def check_edited(pos: EditPos, prompts: TokenizedPrompts) -> None:
+    """Raises what :func:`edited_positions` would for any of the prompts, before a model runs."""
+    for batch in prompts.batches(_CHECKED_TOKENS):
+        edited_positions(pos, batch, len(prompts))
 
 
 def edited_positions(pos: EditPos, batch: Batch, n_prompts: int) -> Bool[Tensor, "batch pos"] | None:
@@ -67,7 +75,7 @@ def edited_positions(pos: EditPos, batch: Batch, n_prompts: int) -> Bool[Tensor,
 def _check(good: Tensor, pos: Any, batch: Batch) -> None:
     if not bool(good.all()):
         first = int((~good).nonzero()[0, 0])
-        shown = pos if isinstance(pos, int | slice) else int(np.asarray(pos)[batch.indices[first]])
+        shown = pos if isinstance(pos, int | np.integer | slice) else int(np.asarray(pos)[batch.indices[first]])
         raise SiteRangeError(
             f"pos={shown} is out of range for prompt {int(batch.indices[first])} (id {batch.ids[first]!r}), which has "
             f"{int(batch.n_tokens[first])} tokens"

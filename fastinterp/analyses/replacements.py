@@ -98,6 +98,15 @@ def with_source(prompts: TokenizedPrompts, seed: int) -> TokenizedPrompts:
     return dataclasses.replace(prompts, corrupt=tuple(corrupt))
 
 
+def check_reference(reference: TokenizedPrompts, n_pos: int) -> None:
+    """Raises :class:`OptionError` where prompts of a mean by position do not reach as far as those ablated."""
+    if reference.max_len < n_pos:
+        raise OptionError(
+            f"the reference prompts have no token at position {reference.max_len}, and a prompt has {n_pos} tokens: "
+            "there is no mean by position there. Give longer reference prompts, or mean_over='tokens'"
+        )
+
+
 def check_means(means: Means, n_pos: int) -> None:
     """Raises :class:`OptionError` where means by position do not reach as far as the prompts."""
     for (site, layer), mean in means.items():
