@@ -1,0 +1,198 @@
+"""What must not change an ablation: batches, company, order, other metrics, a part named twice."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from fastinterp.analyses import ablate, ablation, measuring, replacements
+from fastinterp.prompts import PromptSet
+from tests.analyses.literal_ablation import METRICS
+from tests.analyses.test_ablation_modes import (
+    ANSWER,
+    CORRUPT,
+    LENGTHS,
+    LIST,
+    MODES,
+    PROMPTS,
+    REFERENCE,
+    REFERENCE_SET,
+    SET,
+    WRONG,
+    given,
+    ids,
+)
+
+
+def values(data):
+    return {name: array.values for name, array in data.data_vars.items()}
+
+
+def assert_close(one, other, tolerance):
+    assert set(one) == set(other)
+    for name in one:
+        assert np.array_equal(np.isnan(one[name]), np.isnan(other[name])), name
+        assert np.abs(np.nan_to_num(one[name] - other[name])).max(initial=0.0) <= tolerance, name
+
+
+EVERYTHING = dict(mode=MODES, metric=tuple(m for m in METRICS if m not in ("rank", "top1")), effect="both")
+
+
+@pytest.mark.parametrize("kind", ["heads", "layers", "list"])
+@pytest.mark.parametrize("pos", ["all", -1, "each"])
+def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
+    model = zoo.model("gemma2-softcaps")
+    options = EVERYTHING | dict(units=given(kind, model.spec)[0], pos=pos, reference=REFERENCE_SET, mean_over="pos")
+    whole = values(ablate(model, SET, **options))
+    monkeypatch.setattr(measuring, "SLICE", 2)
+    monkeypatch.setattr(replacements, "_MEAN_TOKENS", 5)
+    monkeypatch.setattr("fastinterp.analyses.direct_units._RESIDUAL_BYTES", 1)
+    monkeypatch.setattr(ablation.Ablation, "tokens_per_batch", lambda self, model: 12)
+    monkeypatch.setattr(ablation, "sweep", functools.partial(ablation.sweep, residual_bytes=1 << 14))
+    assert_close(values(ablate(model, SET, **options)), whole, 1e-5)
+
+
+@pytest.mark.parametrize("pos", ["all", 1, "each"])
+def test_order_and_company_change_nothing(zoo, pos):
+    model = zoo.model("llama-gqa")
+    options = EVERYTHING | dict(units=LIST, pos=pos, reference=REFERENCE_SET)
+    whole = values(ablate(model, SET, **options))
+    order = [2, 0, 3, 1]
+
+    def some(rows):
+        columns = {"answer": ANSWER, "wrong": WRONG, "corrupt": CORRUPT}
+        return PromptSet.of(
+            [PROMPTS[row] for row in rows], **{key: [column[row] for row in rows] for key, column in columns.items()}
+        )
+
+    turned = values(ablate(model, some(order), **options))
+    assert_close(turned, {name: array[order] for name, array in whole.items()}, 1e-5)
+    for row, prompt in enumerate(PROMPTS):
+        alone = values(ablate(model, some([row]), **options))
+        n = len(prompt)
+        expected = {}
+        for name, array in whole.items():
+            axes = name.startswith("loss") + (pos == "each" and "clean" not in name)
+            expected[name] = array[(slice(row, row + 1), *[slice(n)] * axes)]
+        assert_close(alone, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2-softcaps"])
+def test_several_metrics_and_modes_equal_each_by_itself(zoo, name):
+    model = zoo.model(name, dtype=torch.float64)
+    together = values(ablate(model, SET, units="heads", mode=MODES, metric=METRICS, effect="both"))
+    for metric in METRICS:
+        for mode in MODES:
+            for effect in ("total", "direct"):
+                data = ablate(model, SET, mode=mode, metric=metric, effect=effect)
+                assert set(data) == {f"{metric}_clean", f"{metric}_{mode}_{effect}"}
+                assert_close(values(data), {name: together[name] for name in data}, 1e-11)
+
+
+@pytest.mark.parametrize("mean_over", ["tokens", "pos"])
+@pytest.mark.parametrize("effect", ["total", "direct"])
+@pytest.mark.parametrize("kind", ["heads", "mlps", "attns", "layers", "list"])
+def test_each_equals_every_position_by_itself(zoo, kind, effect, mean_over):
+    model = zoo.model("qwen3-gqa", dtype=torch.float64)
+    metrics = ("logit_diff", "loss")
+    options = dict(units=given(kind, model.spec)[0], mode=MODES, metric=metrics, effect=effect, mean_over=mean_over)
+    each = ablate(model, SET, pos="each", **options)
+    assert each["edit_pos"].values.tolist() == list(range(9))
+    for p in range(9):
+        column = [min(p, n - 1) for n in LENGTHS]
+        single = ablate(model, SET, pos=column, **options)
+        for mode in MODES:
+            for metric in metrics:
+                name = f"{metric}_{mode}_{effect}"
+                got, expected = each[name].isel(edit_pos=p), single[name]
+                assert got.dims == expected.dims
+                for row, n in enumerate(LENGTHS):
+                    if p >= n:
+                        assert np.isnan(got[row]).all()
+                        continue
+                    assert np.array_equal(np.isnan(got[row]), np.isnan(expected[row]))
+                    assert np.abs(np.nan_to_num(got[row].values - expected[row].values)).max() < 1e-11
+
+
+@pytest.mark.parametrize("kind", ["heads", "layers", "list"])
+def test_nothing_in_front_of_the_ablated_position_changes(zoo, kind):
+    model = zoo.model("gpt2", dtype=torch.float64)
+    data = ablate(model, SET, units=given(kind, model.spec)[0], mode=MODES, metric="loss", pos="each", effect="both")
+    for mode in MODES:
+        for effect in ("total", "direct"):
+            found = data[f"loss_{mode}_{effect}"]
+            for row, n in enumerate(LENGTHS):
+                for edited in range(n):
+                    at = found.isel(prompt=row, edit_pos=edited).values
+                    assert np.abs(at[: min(edited, n - 1)]).max(initial=0.0) < 1e-11
+                    assert edited == n - 1 or np.abs(at[edited]).max() > 1e-3
+                    if effect == "direct":
+                        assert (at[edited + 1 : n - 1] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2-softcaps", "gpt-neox"])
+@pytest.mark.parametrize("pos", ["all", 1, "each"])
+def test_resampling_from_itself_changes_nothing(zoo, name, pos):
+    model = zoo.model(name)
+    same = PromptSet.of(PROMPTS, answer=ANSWER, wrong=WRONG, corrupt=PROMPTS)
+    for units in ("heads", "layers", LIST):
+        data = ablate(model, same, units=units, mode="resample", metric=METRICS, pos=pos, effect="both")
+        for effect in ("total", "direct"):
+            for metric in METRICS:
+                found = data[f"{metric}_resample_{effect}"].values
+                limit = 0.0 if metric in ("rank", "top1") else 2e-5
+                assert np.abs(np.nan_to_num(found)).max() <= limit, (metric, effect)
+
+
+def test_the_mean_of_one_token_is_that_token(zoo):
+    model = zoo.model("llama-gqa")
+    one = PromptSet.of([[7]], answer=[[5]], wrong=[[6]])
+    for mean_over in ("tokens", "pos"):
+        data = ablate(model, one, mode="mean", metric=("logit_diff", "kl"), effect="both", mean_over=mean_over)
+        for name, array in data.data_vars.items():
+            assert name.endswith("clean") or np.abs(array.values).max() < 1e-5
+
+
+@pytest.mark.parametrize("effect", ["total", "direct"])
+def test_a_part_that_is_given_twice_counts_once(zoo, effect):
+    model = zoo.model("gpt2", dtype=torch.float64)
+    units = [(1, 2), (1, 2), "ATTN1", ["ATTN1", (1, 2)], [(1, 2), "ATTN1"], "MLP1", ["L1N3", "MLP1"], ["MLP1", "L1N3"]]
+    for mode in MODES:
+        data = ablate(model, SET, units=units, mode=mode, metric=("logit_diff", "loss"), effect=effect)
+        for metric in ("logit_diff", "loss"):
+            found = np.nan_to_num(data[f"{metric}_{mode}_{effect}"].values)
+            for same in ([0, 1], [2, 3, 4], [5, 6, 7]):
+                for unit in same[1:]:
+                    assert np.abs(found[..., same[0]] - found[..., unit]).max() < 1e-10, (mode, units[unit])
+
+
+def test_partners_are_other_prompts_of_the_same_length_drawn_by_seed(zoo):
+    model = zoo.model("gpt2", dtype=torch.float64)
+    prompts = ids((4, 6, 4, 6, 4, 6, 6), 31)
+    columns = {"answer": [[i + 1] for i in range(7)], "wrong": [[i + 20] for i in range(7)]}
+    tokens = PromptSet.of(prompts, **columns).tokenize(model)
+    drawn = []
+    for seed in range(6):
+        source = replacements.with_source(tokens, seed)
+        partners = [[row.tolist() for row in tokens.tokens].index(ids.tolist()) for ids in source.corrupt]
+        assert sorted(partners) == list(range(7))
+        assert all(a != b and len(prompts[a]) == len(prompts[b]) for a, b in enumerate(partners))
+        drawn.append(tuple(partners))
+        named = PromptSet.of(prompts, corrupt=[prompts[p] for p in partners], **columns)
+        got = ablate(model, tokens, mode="resample", effect="both", seed=seed)
+        assert_close(values(got), values(ablate(model, named, mode="resample", effect="both")), 0.0)
+    assert len(set(drawn)) > 1
+
+
+def test_the_reference_may_be_rejected_in_parts_and_has_no_answers(zoo):
+    model = zoo.model("gpt2", dtype=torch.float64)
+    bad = PromptSet.of([*REFERENCE, [399, 400]]).tokenize(model, bad_prompts="reject")
+    for mean_over in ("tokens", "pos"):
+        got = ablate(model, SET, mode="mean", reference=bad, mean_over=mean_over)
+        wanted = ablate(model, SET, mode="mean", reference=REFERENCE_SET, mean_over=mean_over)
+        assert_close(values(got), values(wanted), 1e-12)
+    own = ablate(model, SET, mode="mean")
+    assert np.abs(own["logit_diff_mean_total"].values - wanted["logit_diff_mean_total"].values).max() > 0.05
+    explicit = ablate(model, SET, mode="mean", reference=PromptSet.of(PROMPTS))
+    assert_close(values(own), values(explicit), 1e-12)
