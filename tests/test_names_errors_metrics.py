@@ -86,7 +86,7 @@ def test_every_error_is_also_the_builtin_that_fits():
     for cls in raised:
         assert cls.__doc__
         if cls is not errors.FastinterpError:
-            assert issubclass(cls, ValueError | ArithmeticError | IndexError | RuntimeError), cls
+            assert issubclass(cls, ValueError | TypeError | ArithmeticError | IndexError | RuntimeError), cls
 
 
 def test_nearest_suggests_or_stays_silent():
@@ -185,10 +185,11 @@ def test_loss_of_prompts_of_one_token_is_nan_everywhere(made):
 
 
 def test_metrics_describe_themselves():
-    assert list(METRICS) == ["logit_diff", "logit", "logprob", "rank", "kl", "loss"]
+    assert list(METRICS) == ["logit_diff", "logit", "logprob", "prob", "rank", "top1", "kl", "loss"]
+    units = {"logit_diff": "logits", "logit": "logits", "prob": "1", "rank": "tokens", "top1": "1"}
     for name, metric in METRICS.items():
         assert metric.name == name
-        assert metric.units == ("logits" if name.startswith("logit") else "tokens" if name == "rank" else "nats")
+        assert metric.units == units.get(name, "nats")
         assert metric.linear == name.startswith("logit")
         assert metric.per_token == (name == "loss")
         assert metric.relative == (name == "kl")
@@ -203,6 +204,6 @@ def test_the_table_of_metrics_cannot_be_changed():
 
 def test_unknown_metrics_are_refused():
     with pytest.raises(
-        errors.MetricError, match=r"'logitdiff'.*logit_diff, logit, logprob, rank, kl, loss; did you mean"
+        errors.MetricError, match=r"'logitdiff'.*logit_diff, logit, logprob, prob, rank, top1, kl, loss; did you mean"
     ):
         get_metric("logitdiff")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastinterp.analyses.base import Field, collect, tokenized
 from fastinterp.analyses.direct_units import direct_values
 from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, check_edited, edited_positions
-from fastinterp.analyses.measuring import Clean, clean_run, measure_swept, per_token
+from fastinterp.analyses.measuring import Clean, clean_run, sweep_values
 from fastinterp.analyses.replacements import MeanOver, Means, check_reference, mean_activations, with_source
 from fastinterp.analyses.units import ChosenUnits, Part, Units, choose_units
 from fastinterp.errors import OptionError, check_choice
@@ -23,10 +23,14 @@ from fastinterp.model.intervene import SOURCE, Edit
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant, sweep
+from fastinterp.sweep import Variant
 
 Mode = Literal["zero", "mean", "resample"]
 Effect = Literal["total", "direct", "both"]
+
+# Tokens of a batch of which only the ends are computed, and of a prompt that is short among those.
+_END_TOKENS = 1 << 13
+_SHORT_PROMPT = 16
 
 MODES: tuple[Mode, ...] = ("zero", "mean", "resample")
 
@@ -168,6 +172,9 @@ class Ablation:
         n_variants = len(choose_units(spec, self.units).units) * len(self.modes)
         each = n_variants * spec.d_model * model.weights.W_E.element_size()
         budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
+        if isinstance(self.pos, int) and self.pos < 0:
+            # Only the ends of prompts are computed, which are seldom shorter than this.
+            return max(256, min(_END_TOKENS, budget // each * _SHORT_PROMPT // -self.pos))
         return max(256, budget // each)
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
@@ -223,13 +230,16 @@ class Ablation:
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Returns ``{metric_clean: [batch, (pos)], metric_mode_effect: [batch, (pos), (edit_pos), *units]}``."""
         chosen = choose_units(model.spec, self.units)
-        clean = clean_run(model, batch, self.metrics)
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        found = {f"{name}_clean": value.to(dtype) for name, value in clean.values.items()}
         wheres = self._wheres(batch)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        found: dict[str, Tensor] = {}
         if "total" in self.effects:
-            for (name, mode), effects in self._total(model, batch, chosen, clean, wheres).items():
+            clean, total = self._total(model, batch, chosen, wheres)
+            for (name, mode), effects in total.items():
                 found[f"{name}_{mode}_total"] = self._laid_out(effects, chosen, batch).to(dtype)
+        else:
+            clean = clean_run(model, batch, self.metrics)
+        found |= {f"{name}_clean": value.to(dtype) for name, value in clean.values.items()}
         if "direct" in self.effects:
             for mode in self.modes:
                 ablated = direct_values(model, batch, chosen, mode, self.means, self.metrics)
@@ -247,14 +257,9 @@ class Ablation:
         return [(everywhere == p).expand_as(batch.tokens) for p in everywhere]
 
     def _total(
-        self,
-        model: Model,
-        batch: Batch,
-        chosen: ChosenUnits,
-        clean: Clean,
-        wheres: Sequence[Bool[Tensor, "batch pos"] | None],
-    ) -> dict[tuple[str, Mode], Tensor]:
-        """Effects ``[where, unit, batch, (pos)]`` of running the rest of the model again."""
+        self, model: Model, batch: Batch, chosen: ChosenUnits, wheres: Sequence[Bool[Tensor, "batch pos"] | None]
+    ) -> tuple[Clean, dict[tuple[str, Mode], Tensor]]:
+        """The clean run, and effects ``[where, unit, batch, (pos)]`` of running the rest of the model again."""
         n_pos = batch.tokens.shape[1]
         variants = [
             Variant(edits=tuple(edit_of(part, mode, self.means, self.mean_over, n_pos, where) for part in unit))
@@ -262,22 +267,12 @@ class Ablation:
             for where in wheres
             for unit in chosen.units
         ]
+        source = batch.corrupt if "resample" in self.modes else None
+        clean, values = sweep_values(model, batch, self.metrics, variants, source)
         shape = (len(self.modes), len(wheres), len(chosen.units))
-        out = {name: value.new_empty(len(variants), *value.shape) for name, value in clean.values.items()}
-        for swept in sweep(
-            model,
-            batch.tokens,
-            variants,
-            n_tokens=batch.n_tokens,
-            at=None if per_token(self.metrics) else batch.last,
-            source=batch.corrupt if "resample" in self.modes else None,
-        ):
-            for name, values in measure_swept(model, batch, self.metrics, swept, clean).items():
-                out[name][swept.indices] = values - clean.values[name]
-        return {
-            (name, mode): values.unflatten(0, shape)[index]
-            for name, values in out.items()
-            for index, mode in enumerate(self.modes)
+        effects = {name: (each - clean.values[name]).unflatten(0, shape) for name, each in values.items()}
+        return clean, {
+            (name, mode): each[index] for name, each in effects.items() for index, mode in enumerate(self.modes)
         }
 
     def _where_edited(

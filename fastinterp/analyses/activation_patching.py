@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fastinterp.analyses.base import Field, collect, head_coords, tokenized
-from fastinterp.analyses.measuring import clean_run, measure, measure_swept
+from fastinterp.analyses.measuring import clean_run, measure, sweep_values
 from fastinterp.errors import MetricError, OptionError, PromptPairError, check_choice
 from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.forward import missing_because
@@ -20,7 +20,7 @@ from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant, sweep
+from fastinterp.sweep import Variant
 
 By = Literal["layer", "position", "head", "head_position", "neuron", "head_query_key"]
 Direction = Literal["denoise", "noise"]
@@ -233,28 +233,24 @@ class ActivationPatch:
         assert batch.corrupt is not None
         clean, corrupt = batch, dataclasses.replace(batch, tokens=batch.corrupt)
         base, source = (corrupt, clean) if self.direction == "denoise" else (clean, corrupt)
-        start = clean_run(model, base, self.metrics)
-        resid = clean_run(model, source, self.metrics).resid
-        other = measure(model, source, self.metrics, resid[None], start.resid)
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        found: dict[str, Tensor] = {}
-        for name, value in start.values.items():
-            found[f"{name}_base"], found[f"{name}_source"] = value.to(dtype), other[name][0].to(dtype)
         variants: list[Variant] = []
         shapes: list[tuple[int, ...]] = []
         for site in self.sites:
             made, shape = self._variants(model.spec, site, base)
             variants += made
             shapes.append(shape)
-        out = {name: value.new_empty(len(variants), *value.shape) for name, value in start.values.items()}
-        for swept in sweep(model, base.tokens, variants, n_tokens=base.n_tokens, at=base.last, source=source.tokens):
-            for name, values in measure_swept(model, base, self.metrics, swept, start).items():
-                out[name][swept.indices] = values - start.values[name]
+        start, values = sweep_values(model, base, self.metrics, variants, source.tokens)
+        resid = clean_run(model, source, self.metrics).resid
+        other = measure(model, source, self.metrics, resid[None], start.resid)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        found: dict[str, Tensor] = {}
+        for name, value in start.values.items():
+            found[f"{name}_base"], found[f"{name}_source"] = value.to(dtype), other[name][0].to(dtype)
         first = 0
         for site, shape in zip(self.sites, shapes, strict=True):
             n = torch.Size(shape).numel()
-            for name, values in out.items():
-                effects = values[first : first + n].unflatten(0, shape)
+            for name, each in values.items():
+                effects = (each[first : first + n] - start.values[name]).unflatten(0, shape)
                 for axis in range(len(self._pos_dims)):
                     # Positions that a prompt does not have.
                     absent = ~batch.mask.T

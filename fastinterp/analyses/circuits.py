@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastinterp.analyses.ablation import MODES, Mode, edit_of
 from fastinterp.analyses.base import Field, collect, tokenized
-from fastinterp.analyses.measuring import clean_run, measure_swept
+from fastinterp.analyses.measuring import sweep_values
 from fastinterp.analyses.replacements import MeanOver, Means, check_means, mean_activations, with_source
 from fastinterp.analyses.units import Part, choose_units, every_part
 from fastinterp.errors import MetricError, OptionError, check_choice
@@ -19,7 +19,7 @@ from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant, sweep
+from fastinterp.sweep import Variant
 
 Among = Literal["heads", "mlps", "heads and mlps"]
 
@@ -182,12 +182,10 @@ class Circuit:
     @torch.no_grad()
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Returns ``{metric_clean: [batch], metric_nothing: [batch], metric_circuit: [batch, circuit]}``."""
-        clean = clean_run(model, batch, [self.metric])
         candidates = self.candidates(model.spec)
         n_pos = batch.tokens.shape[1]
         sets = [frozenset[Part](), *self.sets(model.spec)]
         name, dtype = self.metric.name, torch.promote_types(model.dtype, torch.float32)
-        out = clean.values[name].expand(len(sets), -1).clone()
         edited = [(i, [part for part in candidates if part not in kept]) for i, kept in enumerate(sets)]
         # A set that keeps all of the model is the clean run.
         edited = [(i, parts) for i, parts in edited if parts]
@@ -195,16 +193,10 @@ class Circuit:
             Variant(edits=tuple(edit_of(part, self.mode, self.means, self.mean_over, n_pos) for part in parts))
             for _, parts in edited
         ]
-        for swept in sweep(
-            model,
-            batch.tokens,
-            variants,
-            n_tokens=batch.n_tokens,
-            at=batch.last,
-            source=batch.corrupt if self.mode == "resample" else None,
-        ):
-            where = [edited[index][0] for index in swept.indices]
-            out[where] = measure_swept(model, batch, [self.metric], swept, clean)[name].to(out.dtype)
+        source = batch.corrupt if self.mode == "resample" else None
+        clean, values = sweep_values(model, batch, [self.metric], variants, source)
+        out = clean.values[name].expand(len(sets), -1).clone()
+        out[[i for i, _ in edited]] = values[name]
         return {
             f"{name}_clean": clean.values[name].to(dtype),
             f"{name}_nothing": out[0].to(dtype),

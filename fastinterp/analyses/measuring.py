@@ -13,7 +13,7 @@ from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.model import Model
 from fastinterp.model.norms import apply_affine, center, divide, norm_scale, normalize
 from fastinterp.prompts import Batch
-from fastinterp.sweep import Swept
+from fastinterp.sweep import Swept, Variant, sweep
 
 # Variants that are measured together.
 SLICE = 16
@@ -39,6 +39,13 @@ def clean_run(model: Model, batch: Batch, metrics: Sequence[Metric]) -> Clean:
         resid = forward(spec, model.weights, batch.tokens)
     else:
         resid = forward_at(spec, model.weights, batch.tokens, batch.n_tokens, batch.last)
+    return measured_clean(model, batch, metrics, resid)
+
+
+def measured_clean(
+    model: Model, batch: Batch, metrics: Sequence[Metric], resid: Float[Tensor, "batch *pos d_model"]
+) -> Clean:
+    """Measures the final residual of the clean run."""
     measured = measure(model, batch, metrics, resid[None], resid)
     return Clean(resid=resid, values={name: value[0] for name, value in measured.items()})
 
@@ -89,6 +96,28 @@ def _at_last(
 def _normalized(model: Model, resid: Tensor, batch: Batch, *, every_position: bool) -> Tensor:
     scale = final_scale(model, resid, batch, every_position=every_position)
     return apply_affine(divide(center(model.spec.norm, resid), scale), model.weights.ln_final)
+
+
+def sweep_values(
+    model: Model,
+    batch: Batch,
+    metrics: Sequence[Metric],
+    variants: Sequence[Variant],
+    source: Int[Tensor, "batch pos"] | None = None,
+) -> tuple[Clean, dict[str, Float[Tensor, "variant batch *pos"]]]:
+    """Runs variants of a batch, and returns the clean run and every variant's metrics."""
+    clean: Clean | None = None
+    out: dict[str, Tensor] = {}
+    at = None if per_token(metrics) else batch.last
+    for swept in sweep(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at, source=source, clean_first=True):
+        if clean is None:
+            clean = measured_clean(model, batch, metrics, swept.resid[0])
+            out = {name: value.new_empty(len(variants), *value.shape) for name, value in clean.values.items()}
+            continue
+        for name, values in measure_swept(model, batch, metrics, swept, clean).items():
+            out[name][swept.indices] = values
+    assert clean is not None
+    return clean, out
 
 
 def measure_swept(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastinterp.errors import OptionError
 from fastinterp.model.attention import ready
-from fastinterp.model.forward import block, block_at, embed, forward
+from fastinterp.model.forward import block, block_at, embed, forward, forward_at
 from fastinterp.model.intervene import SOURCE, Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
@@ -123,8 +123,13 @@ def sweep(
     at: Int[Tensor, " batch"] | None = None,
     source: Int[Tensor, "batch pos"] | None = None,
     residual_bytes: int = RESIDUAL_BYTES,
+    clean_first: bool = False,
 ) -> Iterator[Swept]:
-    """Like :func:`run_variants`, but where every position is read, with those alone that a variant can change."""
+    """Like :func:`run_variants`, but where every position is read, with those alone that a variant can change.
+
+    With ``clean_first`` the clean run comes before them, as a variant without an index. It costs next to nothing where
+    the last block has variants of its own, or only the ends of prompts are computed.
+    """
     spec = model.spec
     variants = [variant.resolved(spec) for variant in variants]
     if source is None and any(isinstance(edit.replacement, str) for v in variants for edit in v.edits):
@@ -137,8 +142,12 @@ def sweep(
     job = Job(model=model, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source)
     planned = [_Planned.of(job, i, variants[i]) for i in passing]
     planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
+    owed = clean_first
     for group in _groups(planned, residual_bytes):
-        yield from _run_group(job, group)
+        yield from _run_group(job, group, clean_first=owed)
+        owed = False
+    if owed:
+        yield Swept(indices=[], resid=_clean_forward(job)[None])
     for index, stage in enumerate(stages):
         if stage == "forward":
             yield _whole_forward(job, index, variants[index])
@@ -182,22 +191,33 @@ def _groups(planned: Sequence[_Planned], residual_bytes: int) -> Iterator[list[_
         yield group
 
 
-def _run_group(job: Job, group: list[_Planned]) -> Iterator[Swept]:
+def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterator[Swept]:
     """One pass; in two halves, one after the other, where the memory is not enough."""
+    found: list[Swept] | None = None
     try:
-        found = list(_Pass(job, group).run())
+        one = _Pass(job, group)
+        found = list(one.run())
+        if clean_first:
+            clean = one.final_clean()
+            found.insert(0, Swept(indices=[], resid=(_clean_forward(job) if clean is None else clean)[None]))
     except torch.OutOfMemoryError:
         if len(group) == 1:
             raise
-        found = None
     if found is None:
         if job.tokens.is_cuda:
             torch.cuda.empty_cache()
         half = len(group) // 2
-        yield from _run_group(job, group[:half])
-        yield from _run_group(job, group[half:])
+        yield from _run_group(job, group[:half], clean_first=clean_first)
+        yield from _run_group(job, group[half:], clean_first=False)
     else:
         yield from found
+
+
+def _clean_forward(job: Job) -> Float[Tensor, "batch *pos d_model"]:
+    spec, weights = job.model.spec, job.model.weights
+    if job.at is None:
+        return forward(spec, weights, job.tokens)
+    return forward_at(spec, weights, job.tokens, job.n_tokens, job.at)
 
 
 def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
@@ -220,6 +240,7 @@ class _Pass:
         self.source = None if job.source is None else SourceRun(job.model, job.source)
         self.stacks = [self._stack(start, members) for start, members in _by_start(group)]
         self.ends = any(stack.rows.start is not None for stack in self.stacks)
+        self.clean_layers, self.clean_at_rows = 0, False
 
     def _stack(self, start: tuple[int, ...] | None, members: list[_Planned]) -> Stack:
         job, rows = self.job, self.whole
@@ -259,7 +280,9 @@ class _Pass:
             names |= {"k", "v"}
         taps = Taps.of(spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in sorted(names)])
         resid_pre = self.clean
+        self.clean_layers = layer + 1
         at_rows = reading is not None and not names & {"q", "k", "v"}
+        self.clean_at_rows = at_rows
         if reading is not None and at_rows:
             self.clean = block_at(spec, w, layer, self.clean, frame, reading, taps)
         else:
@@ -271,6 +294,17 @@ class _Pass:
         return CleanLayer(
             layer=layer, w=w, frame=frame, resid_pre=resid_pre, values=values, ready_k=ready_k, at_rows=at_rows
         )
+
+    def final_clean(self) -> Float[Tensor, "batch *pos d_model"] | None:
+        """Returns the clean run's final residual, if it went through all layers."""
+        at, tree = self.job.at, self.job.tree
+        if self.clean_layers < self.spec.n_layers:
+            return None
+        if at is None:
+            everywhere: Tensor = tree.spread(self.clean)[0, :, : self.job.tokens.shape[1]]
+            return everywhere
+        # The last block may have been computed at these positions alone.
+        return self.clean[0] if self.clean_at_rows else self.clean[0, tree.nodes_at(at)]
 
 
 def _by_start(group: Sequence[_Planned]) -> list[tuple[tuple[int, ...] | None, list[_Planned]]]:

@@ -59,7 +59,7 @@ def idle(zoo, monkeypatch):
 
     for where in ("replacements.forward", "measuring.forward", "measuring.forward_at", "written.forward"):
         monkeypatch.setattr(f"fastinterp.analyses.{where}", run)
-    monkeypatch.setattr("fastinterp.analyses.ablation.sweep", run)
+    monkeypatch.setattr("fastinterp.analyses.measuring.sweep", run)
     return zoo.model("gpt2")
 
 

@@ -49,7 +49,7 @@ def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
     monkeypatch.setattr(replacements, "_MEAN_TOKENS", 5)
     monkeypatch.setattr("fastinterp.analyses.direct_units._RESIDUAL_BYTES", 1)
     monkeypatch.setattr(ablation.Ablation, "tokens_per_batch", lambda self, model: 12)
-    monkeypatch.setattr(ablation, "sweep", functools.partial(ablation.sweep, residual_bytes=1 << 14))
+    monkeypatch.setattr(measuring, "sweep", functools.partial(measuring.sweep, residual_bytes=1 << 14))
     assert_close(values(ablate(model, SET, **options)), whole, 1e-5)
 
 

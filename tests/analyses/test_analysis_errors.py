@@ -44,7 +44,7 @@ def model(zoo):
 @pytest.mark.parametrize("analysis", ANALYSES)
 @pytest.mark.parametrize(("metric", "suggestion"), [("logit_dif", "'logit_diff'"), ("log_prob", "'logprob'")])
 def test_unknown_metrics(model, prompt_set, analysis, metric, suggestion):
-    known = "logit_diff, logit, logprob, rank, kl, loss"
+    known = "logit_diff, logit, logprob, prob, rank, top1, kl, loss"
     expected = f"there is no metric '{metric}': choose from {known}; did you mean .*{suggestion}"
     with pytest.raises(MetricError, match=expected):
         analysis(model, prompt_set, metric=metric)
@@ -233,7 +233,7 @@ def test_nan_at_padding_is_no_overflow(model):
 def test_losses_that_are_not_finite_are_refused(model, name, value):
     # Entry 1 of the first prompt predicts its last token, so it has to be a number; there is none at last tokens.
     losses = torch.tensor([[0.0, value, torch.nan], [0.0, torch.nan, torch.nan]])
-    analysis = LogitLens(metric_name="loss") if name == "loss_lens" else Ablation(metric_name="loss")
+    analysis = LogitLens(metric_name="loss") if name == "loss_lens" else Ablation(metric_names=("loss",))
     (field,) = [field for field in analysis.fields(model.spec, 3) if field.name == name]
     values = losses.view(2, 3, *[1] * (len(field.shape) - 1)).repeat(1, 1, *field.shape[1:])
     if value == 0.0:

@@ -113,11 +113,11 @@ def test_the_lens_of_a_probability_goes_through_tiles(model, batch, metric, pos)
 
 @pytest.mark.parametrize("metric", ["logit_diff", "logit"])
 def test_ablation_holds_residual_streams_and_no_logits(model, batch, metric):
-    seen = largest(Ablation(metric_name=metric), model, batch)
+    seen = largest(Ablation(metric_names=(metric,)), model, batch)
     assert seen.numbers <= VARIANTS < min(UNEMBED, N_LAYERS * N_HEADS * LAST_LOGITS), seen.operation
 
 
 @pytest.mark.parametrize("metric", ["logprob", "loss"])
 def test_ablation_of_a_probability_goes_through_tiles(model, batch, metric):
-    seen = largest(Ablation(metric_name=metric), model, batch)
+    seen = largest(Ablation(metric_names=(metric,)), model, batch)
     assert seen.numbers <= TILE < min(ALL_LOGITS, UNEMBED), seen.operation

@@ -94,7 +94,7 @@ def test_ablation_equals_the_loop_over_heads(zoo, name, token_prompts, padded):
             ablated = all_measured(logits_with(model, tokens, edit), token_prompts)
             for metric in METRICS:
                 effect = ablated[metric] - clean[metric]
-                got = found(metric, "zero")[..., layer, head]
+                got = found(metric, "zero_total")[..., layer, head]
                 assert np.abs(got - effect).max() < EXACT, (metric, layer, head)
                 # So that none of the comparisons is one of the clean run with itself.
                 assert np.abs(effect).max() > 1e-3
