@@ -62,6 +62,8 @@ class Inputs:
     W_O: list[Tensor]
     W_U: Tensor
     targets: Tensor
+    edited: Tensor
+    """Of ``n_heads`` variants, what stands in place of all heads' ``z`` of the first layer side by side."""
     k: int
 
     @classmethod
@@ -80,6 +82,7 @@ class Inputs:
             ],
             W_U=normal(shape.d_model, shape.d_vocab, scale=3.0 * shape.d_model**-0.5),
             targets=torch.randint(shape.d_vocab, (shape.n_rows, 1), generator=generator, device=device),
+            edited=normal(shape.n_heads, shape.n_rows, shape.n_heads * shape.d_head),
             k=shape.k,
         )
 
@@ -88,7 +91,7 @@ class Inputs:
         step = max(1, self.x.shape[0] // n)
         return Inputs(
             x=self.x[::step], z=[z[::step] for z in self.z], W_O=self.W_O, W_U=self.W_U,
-            targets=self.targets[::step], k=self.k,
+            targets=self.targets[::step], edited=self.edited[:, ::step], k=self.k,
         )  # fmt: skip
 
 
@@ -141,6 +144,7 @@ class Rates:
 
 def _jobs() -> tuple[Job, ...]:
     from fastinterp_kernels.attribution_reduce import attribution_reduce
+    from fastinterp_kernels.delta_product import delta_product, rounded_product
     from fastinterp_kernels.direct_effect_loss import direct_effect_loss
     from fastinterp_kernels.head_logits import head_gather, head_logits
     from fastinterp_kernels.linear_cross_entropy import linear_cross_entropy
@@ -180,6 +184,15 @@ def _jobs() -> tuple[Job, ...]:
         edits = torch.arange(i.z[0].shape[1], device=i.x.device)
         return (variant_residual(i.x, i.z[0], i.W_O[0], edits, **kwargs(backend, precision)),)
 
+    def delta(i: Inputs, backend: str, precision: str) -> Sequence[Tensor]:
+        options: dict[str, Any] = {"backend": backend, "precision": precision}
+        return (delta_product(i.edited, i.z[0].flatten(1), i.W_O[0].flatten(0, 1), i.x, **options),)
+
+    def rounded(i: Inputs, backend: str, precision: str) -> Sequence[Tensor]:
+        backend = "auto" if backend == "triton" and i.x.is_cuda else backend  # in bf16 that is cuBLAS
+        options: dict[str, Any] = {"backend": backend, "precision": precision}
+        return (rounded_product(i.edited, i.W_O[0].flatten(0, 1), **options),)
+
     def attribution(i: Inputs, backend: str, precision: str) -> Sequence[Tensor]:
         return (attribution_reduce(i.z[0], i.z[-1], i.z[0], backend=backend),)  # type: ignore[arg-type]
 
@@ -194,6 +207,12 @@ def _jobs() -> tuple[Job, ...]:
 
     def z_bytes(s: Shape) -> float:
         return 4.0 * s.n_rows * s.heads * s.d_head
+
+    def edited_flops(s: Shape) -> float:
+        return 2.0 * s.n_heads * s.n_rows * s.n_heads * s.d_head * s.d_model
+
+    def edited_bytes(s: Shape) -> float:
+        return 4.0 * s.n_heads * s.n_rows * (s.n_heads * s.d_head + s.d_model)
 
     def build(s: Shape) -> float:
         return 2.0 * s.heads * s.d_head * s.d_model * s.d_vocab
@@ -232,6 +251,15 @@ def _jobs() -> tuple[Job, ...]:
             name="variant_residual", run=variants,
             flops=lambda s: 2.0 * s.n_rows * s.n_heads * s.d_head * s.d_model, exponentials=none,
             n_bytes=lambda s: 4.0 * s.n_rows * s.d_model * (s.n_heads + 1), targets_ms={},
+        ),
+        Job(
+            name="delta_product", run=delta, flops=edited_flops, exponentials=none,
+            n_bytes=lambda s: edited_bytes(s) * (1.0 + 1.0 / s.n_heads),
+            precisions=("bf16", "tf32", "bf16x3"), targets_ms={},
+        ),
+        Job(
+            name="rounded_product", run=rounded, flops=edited_flops, exponentials=none, n_bytes=edited_bytes,
+            precisions=("bf16", "tf32", "bf16x3"), targets_ms={},
         ),
         Job(
             name="attribution_reduce", run=attribution, flops=none, exponentials=none,

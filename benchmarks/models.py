@@ -104,19 +104,23 @@ class Fixtures:
 
 def load_fixtures(name: str, device: torch.device) -> Fixtures:
     """Loads ``smollm2``, ``gpt2-random``, ``tiny-random``, a directory, a ``.gguf`` file or a hub name, in float32."""
+    hf_model, tokenizer = checkpoint(name)
+    labels = {"gpt2-random": "GPT-2 small (random)", "tiny-random": "tiny GPT-2 (random)", "smollm2": "SmolLM2-135M"}
+    return fixtures_from(
+        hf_model,
+        stand_in_tokenizer() if tokenizer is None else tokenizer,
+        name=labels.get(name, Path(name).name),
+        device=device,
+        random_tokens=tokenizer is None,
+    )
+
+
+def checkpoint(name: str) -> tuple[Any, Any]:
+    """Returns a Hugging Face model in float32 and its tokenizer, None for random models; see :func:`load_fixtures`."""
     if name in ("gpt2-random", "tiny-random"):
         tiny = name == "tiny-random"
-        return fixtures_from(
-            random_gpt2(n_layer=2, n_head=2, n_embd=64, vocab_size=211) if tiny else random_gpt2(),
-            stand_in_tokenizer(),
-            name="tiny GPT-2 (random)" if tiny else "GPT-2 small (random)",
-            device=device,
-            random_tokens=True,
-        )
-    hf_model, tokenizer = _smollm2() if name == "smollm2" else _from_path_or_hub(name)
-    return fixtures_from(
-        hf_model, tokenizer, name="SmolLM2-135M" if name == "smollm2" else Path(name).name, device=device
-    )
+        return random_gpt2(n_layer=2, n_head=2, n_embd=64, vocab_size=211) if tiny else random_gpt2(), None
+    return _smollm2() if name == "smollm2" else _from_path_or_hub(name)
 
 
 def fixtures_from(

@@ -50,19 +50,27 @@ def _both_ends(logits: Float[Tensor, "batch pos d_vocab"], k: int) -> Float[Tens
 
 @torch.no_grad()
 def direct_losses(
-    bridge: Any, run: CachedRun, tokens: Int[Tensor, "batch pos"], layer: int, head: int, *, twice: bool
+    bridge: Any,
+    run: CachedRun,
+    tokens: Int[Tensor, "batch pos"],
+    layer: int,
+    head: int,
+    *,
+    twice: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "mode batch scored"]:
     """Loss per token without the head's direct contribution, and with its mean in place, minus the clean loss.
 
     ``twice`` projects the difference from the mean as a notebook does; otherwise the mean is one vector, which is
-    projected once.
+    projected once. ``dtype`` is what all of it is computed in, from the cached run on.
     """
-    result = head_result(bridge, run, layer, head)
+    logits, W_U = run.logits.to(dtype), bridge.W_U.to(dtype)
+    result = run.z[layer][:, :, head].to(dtype) @ bridge.blocks[layer].attn.W_O[head].to(dtype)
     mean = result.mean((0, 1))
-    direct = (result / run.scale) @ bridge.W_U
-    around = ((result - mean) / run.scale) @ bridge.W_U if twice else direct - (mean @ bridge.W_U) / run.scale
-    clean = _losses(run.logits, tokens)
-    return torch.stack([_losses(run.logits - taken, tokens) - clean for taken in (direct, around)])
+    direct = (result / run.scale) @ W_U
+    around = ((result - mean) / run.scale) @ W_U if twice else direct - (mean @ W_U) / run.scale
+    clean = _losses(logits, tokens)
+    return torch.stack([_losses(logits - taken, tokens) - clean for taken in (direct, around)])
 
 
 def _losses(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]) -> Tensor:

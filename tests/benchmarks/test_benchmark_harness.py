@@ -286,3 +286,26 @@ def test_environment_says_where_and_with_what() -> None:
 def test_rows_hold_no_timings_unless_ok() -> None:
     row = Row(case="a", model="m", status="error", what="w")
     assert (row.ratio, row.fast, row.baselines) == (None, None, ())
+
+
+def test_results_are_compared_with_float64_where_there_is_a_reference() -> None:
+    values = torch.arange(9.0)
+    rough = Baseline(
+        name="rough",
+        how="",
+        shape=(9,),
+        n_iterations=9,
+        step=lambda item: values[item] + 0.01,
+        where=lambda item: (item,),
+        reference=lambda item: values[item].double(),
+    )
+    expected, computed = rough.expected(range(9))
+    assert computed.tolist() == [item in (0, 3, 6) for item in range(9)]
+    assert parity(expected, values.double().numpy(), computed, 1e-4) == 0.0
+    with pytest.raises(ParityError, match="differ"):
+        parity(expected, values.double().numpy() + 0.001, computed, 1e-4)
+    # Without one, with the loop itself.
+    expected, computed = dataclasses.replace(rough, reference=None).expected(range(9))
+    assert computed.all()
+    with pytest.raises(ParityError, match=r"differ by 0\.01"):
+        parity(expected, values.double().numpy(), computed, 1e-4)
