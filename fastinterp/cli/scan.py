@@ -13,10 +13,12 @@ import fastinterp
 from fastinterp.cli.interrupt import Interrupted, interruptible
 from fastinterp.cli.output import Format, duration, print_json, print_table, say, size
 from fastinterp.engine import CATALOGUE, Plan, choose_analyses, describe, plan
+from fastinterp.engine.options import AblationOptions
 from fastinterp.engine.plan import check_counts
 from fastinterp.engine.run import run
 from fastinterp.errors import OptionError
 from fastinterp.load import choose_device
+from fastinterp.metrics import METRICS
 from fastinterp.prompts import PromptSet
 from fastinterp.store import StoreWriter, check_target
 
@@ -34,7 +36,33 @@ def scan(
     prompts: Annotated[Path, typer.Option(help="Prompts: .txt, .jsonl, .csv or .parquet.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The store to write or resume, such as run.zarr.")],
     analysis: Annotated[str, typer.Option(help=f"Names separated by commas. {ANALYSES}")] = "dla",
-    metric: Annotated[str, typer.Option(help="logit_diff, logit, logprob, rank, kl or loss.")] = "logit_diff",
+    metric: Annotated[
+        str, typer.Option(help=f"{', '.join(METRICS)}; for ablations several, separated by commas.")
+    ] = "logit_diff",
+    mode: Annotated[
+        str | None, typer.Option(help="Ablate by zero, mean or resample, or several separated by commas.")
+    ] = None,
+    effect: Annotated[
+        str | None, typer.Option(help="Of ablations: total (later layers run again), direct (on the logits) or both.")
+    ] = None,
+    units: Annotated[
+        str | None,
+        typer.Option(
+            help="What is ablated: heads, mlps, attns, layers, neurons, or a list such as L10H7,MLP3,ATTN3,L3N17; "
+            "L9H6+L9H9 ablates both together."
+        ),
+    ] = None,
+    ablate_pos: Annotated[
+        str | None,
+        typer.Option(help="Where: all, last, each (every position by itself), a position (3, -2) or a slice (1:)."),
+    ] = None,
+    mean_over: Annotated[
+        str | None, typer.Option(help="Means over all tokens, or those at each pos: tokens or pos.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Prompts of the means (default: those scanned), as for --prompts.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which other prompt resampling takes.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     ablation_limit: Annotated[int | None, typer.Option(help="Ablation for the first prompts only.")] = None,
     batch_tokens: Annotated[str, typer.Option(help="Tokens per batch, or auto.")] = "auto",
@@ -66,7 +94,16 @@ def scan(
     # What needs no model is checked before minutes go into loading one.
     budget = _batch_tokens(batch_tokens)
     check_counts(limit=limit, ablation_limit=ablation_limit, batch_tokens=budget)
-    choose_analyses(analysis, metric)
+    options = AblationOptions(
+        mode=mode,
+        effect=effect,
+        units=units,
+        ablate_pos=ablate_pos,
+        mean_over=mean_over,
+        reference=None if reference is None else _reference(reference, column),
+        seed=seed,
+    )
+    choose_analyses(analysis, metric, options)
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
     chosen_device = choose_device(device)
@@ -78,6 +115,7 @@ def scan(
         prompt_set,
         analysis=analysis,
         metric=metric,
+        **options.given,
         limit=limit,
         ablation_limit=ablation_limit,
         batch_tokens=budget,
@@ -180,6 +218,12 @@ def _batch_tokens(given: str) -> int | Literal["auto"]:
         return int(given)
     except ValueError:
         raise OptionError(f"batch_tokens={given!r}: give a positive integer or 'auto'") from None
+
+
+def _reference(path: Path, pairs: list[str] | None) -> PromptSet:
+    """Reads the prompts of the means, of which the answers do not matter."""
+    renamed = {ours: theirs for ours, theirs in (_columns(pairs) or {}).items() if ours == "prompt"}
+    return PromptSet.read(path, columns=renamed or None)
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str] | None:

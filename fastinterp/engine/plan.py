@@ -12,9 +12,14 @@ from typing import Any, Literal
 import torch
 
 import fastinterp
-from fastinterp.analyses import Analysis, compute_checked, prepared, tokenized
+from fastinterp.analyses import Ablation, Analysis, compute_checked, tokenized
+from fastinterp.analyses.edited_positions import EditPos
+from fastinterp.analyses.units import Units
 from fastinterp.engine.catalogue import CATALOGUE, choose_analyses
-from fastinterp.errors import OptionError
+from fastinterp.engine.options import AblationOptions, listed
+from fastinterp.engine.task import Task
+from fastinterp.errors import InputTypeError, OptionError
+from fastinterp.metrics import get_metric
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet, TokenizedPrompts
 from fastinterp.store import ArraySpec, CoordSpec, StoreSpec, choose_block_size, status_array
@@ -24,21 +29,6 @@ OnBad = Literal["error", "reject"]
 
 # A batch that takes this long tells the rate; a shorter one would time the first touch of the weights.
 WARM_UP_SECONDS = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One analysis of a scan: how many tokens a batch holds, and for how many prompts it runs (from the first on)."""
-
-    analysis: Analysis
-    batch_tokens: int
-    n_prompts: int
-    prompts: TokenizedPrompts
-
-    def prepared(self, model: Model) -> "Task":
-        """Returns the task with what its analysis has to know of all its prompts, such as means."""
-        analysis, prompts = prepared(self.analysis, model, _first(self.prompts, self.n_prompts))
-        return dataclasses.replace(self, analysis=analysis, prompts=prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +67,7 @@ class Plan:
                 for array in self.store.arrays
             ],
             "bytes": self.store.nbytes(),
+            "options": dict(self.store.identity["options"]),
             "flops": self.flops,
             "estimated_seconds": self.seconds,
         }
@@ -87,7 +78,14 @@ def plan(
     prompts: PromptSet | str | Path,
     *,
     analysis: str | Sequence[str] = "dla",
-    metric: str = "logit_diff",
+    metric: str | Sequence[str] = "logit_diff",
+    mode: str | Sequence[str] | None = None,
+    effect: str | None = None,
+    units: Units | None = None,
+    ablate_pos: EditPos | str | None = None,
+    mean_over: str | None = None,
+    reference: PromptSet | str | Path | None = None,
+    seed: int | None = None,
     limit: int | None = None,
     ablation_limit: int | None = None,
     batch_tokens: BatchTokens = "auto",
@@ -101,13 +99,23 @@ def plan(
 
     Raises:
         PromptError: prompts that cannot be used (all of them are listed), unless ``bad_prompts="reject"``.
-        OptionError, MetricError: options that there are not, or that do not fit the prompts.
+        OptionError, MetricError, SiteRangeError: options that there are not, or that fit neither analyses nor prompts.
 
     Example:
         >>> fastinterp.plan(model, "prompts.jsonl", analysis="dla,ablation").to_dict()["bytes"]    # doctest: +SKIP
     """
     check_counts(limit=limit, ablation_limit=ablation_limit, batch_tokens=batch_tokens)
-    analyses = choose_analyses(analysis, metric)
+    asked = AblationOptions(
+        mode=mode,
+        effect=effect,
+        units=units,
+        ablate_pos=ablate_pos,
+        mean_over=mean_over,
+        reference=reference,
+        seed=seed,
+    )
+    metrics = listed(metric)
+    analyses = choose_analyses(analysis, metrics, asked)
     prompt_set = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
     if limit is not None:
         prompt_set = prompt_set.head(min(limit, len(prompt_set)))
@@ -122,20 +130,21 @@ def plan(
     for chosen in analyses.values():
         tokens = tokenized(model, tokens, chosen.metric)
 
-    tasks, flops = {}, 0.0
-    for name, chosen in analyses.items():
-        n_prompts = len(tokens)
-        if CATALOGUE[name].sweep and ablation_limit is not None:
-            n_prompts = min(n_prompts, ablation_limit)
-        auto = chosen.tokens_per_batch(model) if batch_tokens == "auto" else batch_tokens
-        tasks[name] = Task(analysis=chosen, batch_tokens=auto, n_prompts=n_prompts, prompts=tokens)
-        flops += chosen.cost(model.spec, int(tokens.n_tokens[:n_prompts].sum()))
+    reference_set = _reference_set(reference)
+    known = None
+    if reference_set is not None:
+        known = reference_set.tokenize(model, prepend_bos=prepend_bos, bad_prompts=bad_prompts)
+        known = tokenized(model, known, get_metric("loss"))
+    tasks = {
+        name: _task(model, name, chosen, tokens, known, ablation_limit, batch_tokens)
+        for name, chosen in analyses.items()
+    }
     options = {
-        "metric": metric,
+        "metric": metrics[0] if len(metrics) == 1 else list(metrics),
         "answer_token": answer_token,
         "prepend_bos": tokens.prepend_bos,
         "bad_prompts": bad_prompts,
-        "analyses": {name: {"prompts": task.n_prompts} for name, task in tasks.items()},
+        "analyses": {name: task.options(model, reference_set) for name, task in tasks.items()},
     }
     store = _store_spec(model, tokens, prompt_set, tasks, options, compress)
     result = Plan(
@@ -144,18 +153,44 @@ def plan(
         prompt_set=prompt_set,
         store=store,
         answer_texts=_answer_texts(model, tokens),
-        flops=flops,
+        flops=sum(task.flops(model, tokens.accepted) + task.preparing_flops(model) for task in tasks.values()),
     )
     return dataclasses.replace(result, seconds=_estimate(model, result)) if estimate else result
 
 
-def _first(prompts: TokenizedPrompts, n: int) -> TokenizedPrompts:
-    """Returns the prompts with all but the first ``n`` left out, under the same indices."""
-    if n >= len(prompts):
-        return prompts
-    n_tokens = prompts.n_tokens.copy()
-    n_tokens[n:] = 0
-    return dataclasses.replace(prompts, n_tokens=n_tokens)
+def _task(
+    model: Model,
+    name: str,
+    chosen: Analysis,
+    prompts: TokenizedPrompts,
+    reference: TokenizedPrompts | None,
+    ablation_limit: int | None,
+    batch_tokens: BatchTokens,
+) -> Task:
+    n_prompts = len(prompts)
+    if CATALOGUE[name].sweep and ablation_limit is not None:
+        n_prompts = min(n_prompts, ablation_limit)
+    takes_mean = isinstance(chosen, Ablation) and "mean" in chosen.modes
+    task = Task(
+        analysis=chosen,
+        batch_tokens=chosen.tokens_per_batch(model) if batch_tokens == "auto" else batch_tokens,
+        n_prompts=n_prompts,
+        prompts=prompts,
+        reference=reference if takes_mean else None,
+    )
+    task.check()
+    return task
+
+
+def _reference_set(given: Any) -> PromptSet | None:
+    if given is None or isinstance(given, PromptSet):
+        return given
+    if isinstance(given, str | Path):
+        return PromptSet.read(given)
+    raise InputTypeError(
+        f"reference is a {type(given).__name__}: give a PromptSet or the path of a prompt file, whose content a store "
+        "can be compared by"
+    )
 
 
 def check_counts(*, limit: int | None, ablation_limit: int | None, batch_tokens: BatchTokens) -> None:
@@ -182,23 +217,32 @@ def _store_spec(
 ) -> StoreSpec:
     """Lays out the arrays: the fields of every analysis, and what identifies the prompts."""
     n_prompts, n_pos = len(tokens), tokens.max_len
-    arrays: list[ArraySpec] = []
     coords: dict[str, CoordSpec] = {
         "pos": CoordSpec(name="pos", dims=("pos",), values=list(range(n_pos))),
     }
-    for task in tasks.values():
+    results: dict[str, ArraySpec] = {}
+    for name, task in tasks.items():
         for field in task.analysis.fields(model.spec, n_pos):
-            if any(array.name == field.name for array in arrays):
+            computed = task.n_prompts
+            if field.name in results:
                 # Analyses of one metric share its clean values.
-                continue
-            shape = (n_prompts, *field.shape)
-            attrs = dict(field.attrs) | {"n_prompts_computed": task.n_prompts}
-            dims = ("prompt", *field.dims)
-            arrays.append(
-                ArraySpec(name=field.name, dims=dims, shape=shape, dtype=field.dtype, attrs=attrs, kind="result")
+                if not field.name.endswith("_clean"):
+                    raise OptionError(
+                        f"analysis {name!r} and one before it both give {field.name}: leave one of them out, or give "
+                        "them stores of their own"
+                    )
+                computed = max(computed, results[field.name].attrs["n_prompts_computed"])
+            results[field.name] = ArraySpec(
+                name=field.name,
+                dims=("prompt", *field.dims),
+                shape=(n_prompts, *field.shape),
+                dtype=field.dtype,
+                attrs=dict(field.attrs) | {"n_prompts_computed": computed},
+                kind="result",
             )
-            for name, (coord_dims, values) in field.coords.items():
-                coords[name] = CoordSpec(name=name, dims=coord_dims, values=values)
+            for coord, (coord_dims, values) in field.coords.items():
+                coords[coord] = CoordSpec(name=coord, dims=coord_dims, values=values)
+    arrays = list(results.values())
     widest = max(4 * math.prod(array.shape[1:]) for array in arrays)
     sweep = any(CATALOGUE[name].sweep for name in tasks)
 
@@ -268,7 +312,7 @@ def _estimate(model: Model, planned: Plan) -> float:
         # Prompts of middle length; twice as many each time, until the time says something about the rate.
         order = accepted[planned.prompts.n_tokens[accepted].argsort()]
         size, seconds = 1, 0.0
-        analysis = _rehearsed(model, task)
+        analysis = task.rehearsed(model)
         # What is resampled from does not matter for the time either.
         prompts = dataclasses.replace(task.prompts, corrupt=task.prompts.corrupt or task.prompts.tokens)
         while True:
@@ -280,12 +324,5 @@ def _estimate(model: Model, planned: Plan) -> float:
             if seconds > WARM_UP_SECONDS or len(batch) < size or 2 * size > len(order):
                 break
             size *= 2
-        whole = task.analysis.cost(model.spec, int(planned.prompts.n_tokens[accepted].sum()))
-        total += seconds * whole / task.analysis.cost(model.spec, int(batch.n_tokens.sum()))
+        total += seconds * task.flops(model, accepted) / task.flops(model, batch.indices)
     return total
-
-
-def _rehearsed(model: Model, task: Task) -> Analysis:
-    """The analysis prepared on few prompts: what is timed does not depend on their values."""
-    some = _first(task.prompts, int(task.prompts.accepted[0]) + 1)
-    return prepared(task.analysis, model, dataclasses.replace(some, corrupt=some.corrupt or some.tokens))[0]

@@ -10,6 +10,8 @@ import xarray as xr
 from tqdm import tqdm
 
 from fastinterp.analyses import compute_checked, place
+from fastinterp.analyses.edited_positions import EditPos
+from fastinterp.analyses.units import Units
 from fastinterp.engine.plan import BatchTokens, OnBad, Plan, plan
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet
@@ -24,7 +26,14 @@ def scan(
     out: str | Path,
     *,
     analysis: str | Sequence[str] = "dla",
-    metric: str = "logit_diff",
+    metric: str | Sequence[str] = "logit_diff",
+    mode: str | Sequence[str] | None = None,
+    effect: str | None = None,
+    units: Units | None = None,
+    ablate_pos: EditPos | str | None = None,
+    mean_over: str | None = None,
+    reference: PromptSet | str | Path | None = None,
+    seed: int | None = None,
     limit: int | None = None,
     ablation_limit: int | None = None,
     batch_tokens: BatchTokens = "auto",
@@ -41,7 +50,12 @@ def scan(
         prompts: a prompt set, or the path of a ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file.
         out: path of the store (``run.zarr``); journal and lock lie beside it, in ``run.zarr.d``.
         analysis: names from ``fastinterp.engine.CATALOGUE``, as a list or separated by commas.
-        metric: ``logit_diff``, ``logit``, ``logprob``, ``rank``, ``kl`` or ``loss``, for every analysis.
+        metric: ``logit_diff``, ``logit``, ``logprob``, ``prob``, ``rank``, ``top1``, ``kl`` or ``loss``, for every
+            analysis; ablations take several, as a list or separated by commas, which share one sweep.
+        mode, effect, units, mean_over, reference, seed: of ablations, as in :func:`ablate`; ``None`` leaves them as the
+            analysis has them. Lists can be text: ``"zero,mean"``, ``"L10H7,MLP3,L9H6+L9H9"`` (``+``: together).
+            ``reference`` may be a path.
+        ablate_pos: where ablations ablate, ``pos`` of :func:`ablate`; as text ``"last"`` for -1, ``"1:"`` for a slice.
         limit: only the first prompts.
         ablation_limit: ablation for the first prompts only; its arrays are NaN for the others.
         batch_tokens: tokens per batch, or ``"auto"``; it changes speed and memory, and numbers at rounding level only.
@@ -56,7 +70,8 @@ def scan(
         The store, opened lazily; the same as ``xarray.open_zarr(out)``. Values are stored as float32.
 
     Raises:
-        PromptError, MetricError, OptionError: bad input, before anything is written.
+        PromptError, MetricError, OptionError, SiteRangeError: bad input, or options that do not fit, before anything is
+            written.
         StoreError, StoreMismatchError, StoreLockedError, PlanError: the store cannot be written or resumed.
         NonFiniteError: activations overflowed; blocks finished before are kept.
 
@@ -64,12 +79,21 @@ def scan(
 
     Example:
         >>> fastinterp.scan(model, "prompts.jsonl", "run.zarr", analysis="dla,ablation")       # doctest: +SKIP
+        >>> fastinterp.scan(model, "prompts.jsonl", "loss.zarr", analysis="ablation", metric="loss", mode="zero,mean",
+        ...                 effect="both", units="L10H7,L11H10")                               # doctest: +SKIP
     """
     planned = plan(
         model,
         prompts,
         analysis=analysis,
         metric=metric,
+        mode=mode,
+        effect=effect,
+        units=units,
+        ablate_pos=ablate_pos,
+        mean_over=mean_over,
+        reference=reference,
+        seed=seed,
         limit=limit,
         ablation_limit=ablation_limit,
         batch_tokens=batch_tokens,
@@ -115,23 +139,19 @@ def run(
 
 def compute_block(model: Model, planned: Plan, block: int, advance: Callable[[float], Any]) -> Arrays:
     """Computes every array of one block; batches are formed within it, so it depends on no other block."""
-    tokens = planned.prompts
     rows = np.arange(*_bounds(planned.store.prompts_of(block)))
     arrays = prompt_arrays(planned, rows)
     for array in planned.store.arrays:
         if array.kind == "result":
             arrays[array.name] = np.full((len(rows), *array.shape[1:]), array.fill_value, dtype=array.dtype)
-    costs = {
-        name: task.analysis.cost(model.spec, int(tokens.n_tokens[rows[rows < task.n_prompts]].sum()))
-        for name, task in planned.tasks.items()
-    }
+    work = sum(task.flops(model, rows) for task in planned.tasks.values())
     advanced = 0.0
     for task in planned.tasks.values():
         for batch in task.prompts.batches(task.batch_tokens, rows[rows < task.n_prompts]):
             for field, values in compute_checked(task.analysis, model, batch).items():
                 place(arrays[field], batch.indices - rows[0], values)
             # Time goes with operations, so the bar moves by their share of the block.
-            share = task.analysis.cost(model.spec, int(batch.n_tokens.sum())) / max(1.0, sum(costs.values()))
+            share = task.flops(model, batch.indices) / max(1.0, work)
             advanced += share * len(rows)
             advance(share * len(rows))
     advance(len(rows) - advanced)

@@ -16,7 +16,15 @@ from plotly.offline import get_plotlyjs
 from fastinterp.errors import OptionError
 from fastinterp.report import plots
 from fastinterp.report.provenance import default_title, facts
-from fastinterp.report.statistics import HEAD_DIMS, Statistics, axis_values, head_labels, over_prompts
+from fastinterp.report.statistics import (
+    HEAD_DIMS,
+    POSITION_DIMS,
+    Statistics,
+    axis_values,
+    head_labels,
+    over_positions,
+    over_prompts,
+)
 from fastinterp.report.tables import (
     TopHeads,
     driving_prompts,
@@ -26,7 +34,7 @@ from fastinterp.report.tables import (
     status_counts,
 )
 
-PROFILE_DIMS = (("prompt", "layer"), ("prompt", "site"), ("prompt", "component"))
+PROFILE_DIMS = (("prompt", "layer"), ("prompt", "unit"), ("prompt", "site"), ("prompt", "component"))
 
 _LISTED_HEADS = 10
 
@@ -63,11 +71,11 @@ def write_html(
 ) -> Path:
     """Writes a dataset as one HTML file (heat maps, strongest heads, prompts, provenance); returns its path.
 
-    Arrays with a dim ``pos`` beside these are averaged over each prompt's positions first.
+    Arrays with a dim ``pos`` or ``edit_pos`` beside these are averaged over each prompt's positions first.
     Every float array with the dims ``prompt, layer, head`` becomes a heat map of its mean over prompts,
-    every one with ``prompt`` and ``layer``, ``site`` or ``component`` a profile, and every one with ``prompt`` alone a
-    column of the prompt table. Units and the meaning of the sign are taken from each array's attributes
-    ``units``, ``long_name``, ``metric`` and ``sign``, the provenance from the dataset's. The texts of the
+    every one with ``prompt`` and ``layer``, ``unit``, ``site`` or ``component`` a profile, and every one with
+    ``prompt`` alone a column of the prompt table. Units and the meaning of the sign are taken from each array's
+    attributes ``units``, ``long_name``, ``metric`` and ``sign``, the provenance from the dataset's. The texts of the
     first ``max_prompts`` prompts are written into the page; the means are over all prompts. The file is about
     5 MB, nearly all of it the drawing library. An array without a single value is named as such.
 
@@ -126,10 +134,9 @@ def _positions_averaged(dataset: xr.Dataset) -> xr.Dataset:
     """Replaces arrays with a value per position (the loss of each token) by their mean over a prompt's positions."""
     averaged = {}
     for name, array in dataset.data_vars.items():
-        rest = tuple(dim for dim in array.dims if dim != "pos")
+        rest = tuple(dim for dim in array.dims if dim not in POSITION_DIMS)
         if array.dtype.kind == "f" and rest != array.dims and rest in (("prompt",), HEAD_DIMS, *PROFILE_DIMS):
-            mean = array.mean("pos", skipna=True, keep_attrs=True)
-            averaged[name] = mean.assign_attrs(long_name=f"{_title(array)}, mean over positions")
+            averaged[name] = over_positions(array).assign_attrs(long_name=f"{_title(array)}, mean over positions")
     return dataset.assign(averaged)
 
 

@@ -12,6 +12,7 @@ from fastinterp.names import head_label
 Float64 = npt.NDArray[np.float64]
 
 HEAD_DIMS = ("prompt", "layer", "head")
+POSITION_DIMS = ("pos", "edit_pos")
 
 # Arrays of a store may be larger than memory; this many values are held at a time.
 _BLOCK_VALUES = 8_000_000
@@ -35,6 +36,29 @@ class Statistics:
     def is_empty(self) -> bool:
         """Whether there is not a single value."""
         return self.n_with_values == 0
+
+
+def over_positions(array: xr.DataArray) -> xr.DataArray:
+    """Returns the mean over ``pos`` and ``edit_pos`` of every prompt, NaN skipped; the array itself if it has neither.
+
+    Memory: the result, and some prompts of the array at a time.
+    """
+    positions = [dim for dim in array.dims if dim in POSITION_DIMS]
+    if not positions:
+        return array
+    array = array.drop_vars([name for name, coord in array.coords.items() if set(coord.dims) & set(positions)])
+    array = array.transpose("prompt", ..., *positions)
+    n_prompts, shape = array.shape[0], array.shape[1 : array.ndim - len(positions)]
+    mean = np.empty((n_prompts, *shape), dtype=array.dtype)
+    step = max(1, _BLOCK_VALUES // max(1, int(np.prod(array.shape[1:]))))
+    for start in range(0, n_prompts, step):
+        values = array.isel(prompt=slice(start, start + step)).to_numpy()
+        values = values.reshape(*values.shape[: 1 + len(shape)], -1)
+        known = ~np.isnan(values)
+        total = np.where(known, values, 0).sum(-1, dtype=np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean[start : start + step] = total / known.sum(-1)
+    return array.isel(dict.fromkeys(positions, 0)).copy(data=mean)
 
 
 def over_prompts(array: xr.DataArray) -> Statistics:

@@ -9,7 +9,15 @@ import pandas as pd
 import xarray as xr
 
 from fastinterp.errors import OptionError
-from fastinterp.report.statistics import HEAD_DIMS, Statistics, head_labels, over_prompts
+from fastinterp.report.statistics import (
+    HEAD_DIMS,
+    POSITION_DIMS,
+    Statistics,
+    axis_values,
+    head_labels,
+    over_positions,
+    over_prompts,
+)
 from fastinterp.store import STATUS_CODES
 
 NO_VALUE = "\u2013"
@@ -57,9 +65,11 @@ class PromptTable:
 def top_heads(array: xr.DataArray, k: int = 10) -> TopHeads:
     """Returns the ``k`` heads with the largest positive and the ``k`` with the largest negative mean.
 
-    ``array`` has the dims ``prompt, layer, head``. ``mean`` (over prompts) and ``standard_error`` are in the
-    array's units; NaN is skipped, and ``n_prompts`` counts the prompts that were not. A head without a value,
-    or with a mean of exactly zero, is in neither table. ``standard_error`` is NaN for a single prompt.
+    ``array`` has the dims ``prompt, layer, head``, or ``prompt, unit`` for chosen units, and may have ``pos`` and
+    ``edit_pos`` besides, over which every prompt's mean is taken first. ``mean`` (over prompts) and
+    ``standard_error`` are in the array's units; NaN is skipped, and ``n_prompts`` counts the prompts that were not. A
+    head without a value, or with a mean of exactly zero, is in neither table. ``standard_error`` is NaN for a single
+    prompt.
 
     Raises :class:`~fastinterp.errors.OptionError` for other dims or ``k`` below one.
 
@@ -70,11 +80,15 @@ def top_heads(array: xr.DataArray, k: int = 10) -> TopHeads:
     >>> top.negative["head"].tolist()
     ['L0H1']
     """
-    if set(array.dims) != set(HEAD_DIMS):
+    rest = {dim for dim in array.dims if dim not in POSITION_DIMS}
+    if rest not in (set(HEAD_DIMS), {"prompt", "unit"}):
         raise OptionError(
-            f"top_heads needs the dims {', '.join(HEAD_DIMS)}, not {', '.join(map(str, array.dims))}: "
-            "select one position or unit first (array.isel(pos=-1)), or give the array of another analysis"
+            f"top_heads needs the dims prompt, unit or {', '.join(HEAD_DIMS)}, not {', '.join(map(str, array.dims))}: "
+            "select along the others first, or give the array of another analysis"
         )
+    array = over_positions(array).transpose("prompt", ...)
+    if "unit" in array.dims:
+        return rank_heads(over_prompts(array), [[str(label) for label in axis_values(array, "unit")]], k)
     array = array.transpose(*HEAD_DIMS)
     return rank_heads(over_prompts(array), head_labels(array), k)
 

@@ -61,7 +61,7 @@ def test_info_says_how_much_is_done(cli, zoo, planned, out, blocks):
     assert told["status"] == {"pending": 22 - n_ok, "ok": n_ok, "failed": 0, "rejected": 0}
     assert told["made_by"]["model"] == str(zoo.directory("gpt2"))
     assert told["made_by"]["weights_sha256"] == zoo.model("gpt2").weights_sha256
-    assert told["options"]["analyses"]["ablation"] == {"prompts": 6}
+    assert told["options"]["analyses"]["ablation"]["prompts"] == 6
     arrays = {array["name"]: array for array in told["arrays"]}
     assert arrays["direct_effect"]["dims"] == ["prompt", "layer", "head"]
     assert arrays["direct_effect"]["shape"] == [22, 3, 4]

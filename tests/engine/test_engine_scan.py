@@ -148,7 +148,8 @@ def test_provenance_is_in_the_attributes(zoo, prompts, out):
     assert attrs["device"] == "cpu"
     assert attrs["fastinterp_version"] == fastinterp.__version__
     assert attrs["model_spec"] == json.loads(json.dumps(model.spec.to_dict()))
-    assert attrs["options"]["analyses"] == {"dla": {"prompts": 22}, "ablation": {"prompts": 3}}
+    ablation = {"prompts": 3, "mode": ["zero"], "effect": "total", "units": "heads", "ablate_pos": "all"}
+    assert attrs["options"]["analyses"] == {"dla": {"prompts": 22}, "ablation": ablation}
     assert attrs["options"]["prepend_bos"] is True
 
 

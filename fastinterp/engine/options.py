@@ -1,0 +1,140 @@
+"""How the ablations of a scan are asked for, in Python or as text, and how that is written down."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastinterp.analyses import Ablation
+from fastinterp.analyses.ablation import MODES
+from fastinterp.analyses.units import KINDS, choose_units
+from fastinterp.errors import OptionError, check_choice
+from fastinterp.model.spec import ModelSpec
+from fastinterp.prompts import PromptSet
+
+EFFECTS = ("total", "direct", "both")
+MEANS_OVER = ("tokens", "pos")
+
+_LABEL = re.compile(r"L\d+[HN]\d+|(MLP|ATTN)\d+")
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """The arguments of :func:`fastinterp.ablate` that a scan takes; ``None`` where nothing was said.
+
+    ``ablate_pos`` is what ``ablate`` calls ``pos``. Text stands for the same things: ``"zero,mean"``,
+    ``"L10H7,MLP3,L9H6+L9H9"`` (``+``: together), ``"last"`` for -1, ``"1:"`` for ``slice(1, None)``.
+    """
+
+    mode: str | Sequence[str] | None = None
+    effect: str | None = None
+    units: str | Sequence[Any] | None = None
+    ablate_pos: Any = None
+    mean_over: str | None = None
+    reference: PromptSet | str | Path | None = None
+    seed: int | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was said, by name."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def arguments(self, names: frozenset[str]) -> dict[str, Any]:
+        """Returns those called ``names`` as :class:`Ablation` takes them, but for ``reference``.
+
+        Raises :class:`OptionError` for text that says none of these.
+        """
+        found: dict[str, Any] = {}
+        for name, value in self.given.items():
+            if name not in names or name == "reference":
+                continue
+            match name:
+                case "mode":
+                    found["modes"] = listed(value)
+                    for mode in found["modes"]:
+                        check_choice("mode", mode, MODES)
+                case "effect" | "mean_over":
+                    check_choice(name, value, EFFECTS if name == "effect" else MEANS_OVER)
+                    found[name] = value
+                case "units":
+                    found["units"] = _units(value)
+                case "ablate_pos":
+                    found["pos"] = _pos(value)
+                case "seed":
+                    found["seed"] = _seed(value)
+        return found
+
+
+def listed(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns names that were given as text with commas, or as a list."""
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+def _units(value: str | Sequence[Any]) -> Any:
+    if not isinstance(value, str):
+        return tuple(value)
+    if not any(character.isdigit() for character in value):
+        check_choice("units", value, KINDS)
+        return value
+    chosen: list[Any] = []
+    for item in listed(value):
+        labels = tuple(label.strip() for label in item.split("+"))
+        for label in labels:
+            if not _LABEL.fullmatch(label):
+                raise OptionError(
+                    f"units has {label!r}: give {', '.join(KINDS)}, or labels such as L10H7, MLP3, ATTN3 and L3N17, "
+                    "separated by commas (or by + where they are ablated together)"
+                )
+        chosen.append(labels[0] if len(labels) == 1 else labels)
+    return tuple(chosen)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionError(f"seed={value!r}: give an integer from 0 on")
+    return value
+
+
+def _pos(value: Any) -> Any:
+    if not isinstance(value, str) or value in ("all", "each"):
+        return value
+    if value == "last":
+        return -1
+    bounds = _SLICE.fullmatch(value)
+    if bounds:
+        return slice(*(None if bound is None else int(bound) for bound in bounds.groups()))
+    try:
+        return int(value)
+    except ValueError:
+        raise OptionError(
+            f"ablate_pos={value!r}: give all, last, each (every position by itself), a position such as 3 or -2, or a "
+            "slice such as 1: or -3:"
+        ) from None
+
+
+def described(analysis: Ablation, spec: ModelSpec, reference: PromptSet | None) -> dict[str, Any]:
+    """Returns what an ablation was asked for as JSON types: what must be equal for its scan to be resumed."""
+    units = analysis.units if isinstance(analysis.units, str) else choose_units(spec, analysis.units).coords["unit"][1]
+    found: dict[str, Any] = {
+        "mode": list(analysis.modes),
+        "effect": analysis.effect,
+        "units": units,
+        "ablate_pos": _pos_text(analysis.pos),
+    }
+    if "mean" in analysis.modes:
+        found["mean_over"] = analysis.mean_over
+        found["reference"] = "the prompts" if reference is None else reference.content_hash()
+    if "resample" in analysis.modes:
+        found["seed"] = analysis.seed
+    return found
+
+
+def _pos_text(pos: Any) -> Any:
+    if isinstance(pos, slice):
+        return ":".join("" if bound is None else str(bound) for bound in (pos.start, pos.stop))
+    return pos if isinstance(pos, str) else np.asarray(pos).tolist()
