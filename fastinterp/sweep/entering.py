@@ -1,11 +1,13 @@
 """How a run departs from the clean one in its first edited layer, with as little computed again as the edits allow.
 
 ``heads``: what the edited heads write differently is added to the clean ``resid_mid``. Where queries, keys, values or
-patterns are edited, the attention of those heads (with all that share a KV head) is computed again first. ``post``:
-what the MLP writes differently is added to the clean ``resid_post``.
+patterns are edited, the attention of those heads is computed again first; where a head's own copy of the residual is,
+that copy is normalised and projected before. ``post``: what the MLP writes differently is added to the clean
+``resid_post``.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,12 +19,13 @@ from torch import Tensor
 from fastinterp.model.attention import Frame, affine, attend, ready
 from fastinterp.model.forward import mix_heads, write_norm
 from fastinterp.model.intervene import Edit, Taps
+from fastinterp.model.norms import normalize
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
 from fastinterp.names import activation
 from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.taps import stack_edits
-from fastinterp.sweep.variants import ATTENTION, Variant
+from fastinterp.sweep.variants import ATTENTION, INPUTS, Variant
 
 
 def captured_for(spec: ModelSpec, variant: Variant) -> set[str]:
@@ -38,6 +41,8 @@ def captured_for(spec: ModelSpec, variant: Variant) -> set[str]:
         names |= {"attn_raw", "attn_out"}
     if sites & ATTENTION:
         names |= {"q", "k", "v"}
+    if sites & INPUTS:
+        names |= {"resid_pre"}
     return names
 
 
@@ -147,8 +152,12 @@ class Entrance:
         if not attention:
             return z
         spec, group = self.spec, self.spec.attention.group
-        kv_heads = sorted({head // group for head in self._heads_of(attention, ATTENTION)})
-        heads = [kv * group + i for kv in kv_heads for i in range(group)]
+        heads = sorted(self._heads_of(attention, ATTENTION))
+        of_kv = Counter(head // group for head in heads)
+        kv_heads = sorted(of_kv)
+        if len(set(of_kv.values())) > 1:
+            # Attention takes as many query heads for one KV head as for another.
+            heads = [kv * group + i for kv in kv_heads for i in range(group)]
         small = dataclasses.replace(
             spec, attention=dataclasses.replace(spec.attention, n_heads=len(heads), n_kv_heads=len(kv_heads))
         )
@@ -156,7 +165,8 @@ class Entrance:
         tree = self.sequences.tree
         assert tree is not None
         taps = Taps(edits=stack_edits([moved], tree.row, tree.pos, self.n_pos))
-        q, k, v = (self.clean[name][..., some, :] for name, some in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+        q = self._projected("q", heads, moved)
+        k, v = self._projected("k", kv_heads, moved), self._projected("v", kv_heads, moved)
         q, k, v = taps("q", self.layer, q), taps("k", self.layer, k), taps("v", self.layer, v)
         q = ready(small, self.layer, q, self.w.q_norm, self.sequences)
         k = ready(small, self.layer, k, self.w.k_norm, self.sequences)
@@ -165,6 +175,31 @@ class Entrance:
         again = self.rows.of_clean(attend(small, self.layer, q, k, v, self.sequences, taps))
         mixed[..., heads, :] = again
         return mixed
+
+    def _projected(
+        self, name: Literal["q", "k", "v"], heads: Sequence[int], edits: Sequence[Edit]
+    ) -> Float[Tensor, "1 node head d_head"]:
+        """Queries, keys or values of some heads; those whose copy of the residual is edited are projected from it.
+
+        The heads of the edits are numbered among ``heads``.
+        """
+        projected = self.clean[name][..., heads, :]
+        chosen = [edit for edit in edits if edit.site == f"{name}_input"]
+        if not chosen:
+            return projected
+        tree = self.sequences.tree
+        assert tree is not None
+        w, every = self.w, range(len(heads))
+        own = sorted({head for edit in chosen for head in (every if edit.head is None else (edit.head,))})
+        copies = self.clean["resid_pre"].unsqueeze(-2).expand(-1, -1, len(own), -1)
+        for edit in chosen:
+            among = edit if edit.head is None else dataclasses.replace(edit, head=own.index(edit.head))
+            copies = among.gathered(tree.row, tree.pos).apply(copies)
+        W, b = {"q": (w.W_Q, w.b_Q), "k": (w.W_K, w.b_K), "v": (w.W_V, w.b_V)}[name]
+        of_model = [heads[i] for i in own]
+        again = torch.einsum("...hd,hde->...he", normalize(self.spec.norm, copies, w.ln1), W[of_model])
+        projected[..., own, :] = again if b is None else again + b[of_model]
+        return projected
 
     def _behind_mlp(self, edits: Sequence[Edit]) -> Float[Tensor, "1 row d_model"]:
         spec, w = self.spec, self.w

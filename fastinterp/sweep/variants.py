@@ -13,10 +13,13 @@ from fastinterp.model.intervene import Edit
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation, check_index
 
-BEFORE = frozenset({"resid_pre", "attn_in", "q_input", "k_input", "v_input", "ln1_scale", "ln1_normalized"})
-"""Sites in front of the attention."""
+BEFORE = frozenset({"resid_pre", "attn_in", "ln1_scale", "ln1_normalized"})
+"""Sites in front of the attention that all heads read."""
 
-ATTENTION = frozenset({"q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern"})
+INPUTS = frozenset({"q_input", "k_input", "v_input"})
+"""Every head's own copies of the residual, in front of the norm."""
+
+ATTENTION = INPUTS | {"q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern"}
 """Sites that change what some heads mix, and nothing else of the attention."""
 
 HEADS = frozenset({"z", "result"})
