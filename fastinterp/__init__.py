@@ -36,6 +36,7 @@ _PUBLIC = {
     "load": "fastinterp.load",
     "logit_lens": "fastinterp.analyses",
     "open": "fastinterp.engine",
+    "path_patch": "fastinterp.analyses",
     "plan": "fastinterp.engine",
     "scan": "fastinterp.engine",
     "utils": "fastinterp.hooked",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         direct_logit_attribution,
         head_logits,
         logit_lens,
+        path_patch,
         weight_logits,
     )
     from fastinterp.engine import describe, open, scan
@@ -89,6 +91,7 @@ __all__ = [
     "load",
     "logit_lens",
     "open",
+    "path_patch",
     "plan",
     "scan",
     "utils",

@@ -17,6 +17,7 @@ from fastinterp.analyses.direct_effect import DirectEffect, direct_effect
 from fastinterp.analyses.direct_logit_attribution import DirectLogitAttribution, direct_logit_attribution
 from fastinterp.analyses.head_logits import HeadLogits, head_logits
 from fastinterp.analyses.logit_lens import LogitLens, logit_lens
+from fastinterp.analyses.path_patching import PathPatch, path_patch
 from fastinterp.analyses.weight_logits import weight_logits
 from fastinterp.prompts.given import accepting
 
@@ -28,6 +29,7 @@ direct_effect = accepting(direct_effect)
 direct_logit_attribution = accepting(direct_logit_attribution)
 head_logits = accepting(head_logits)
 logit_lens = accepting(logit_lens)
+path_patch = accepting(path_patch)
 weight_logits = accepting(weight_logits)
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Field",
     "HeadLogits",
     "LogitLens",
+    "PathPatch",
     "ablate",
     "activation_patch",
     "circuit",
@@ -49,6 +52,7 @@ __all__ = [
     "direct_logit_attribution",
     "head_logits",
     "logit_lens",
+    "path_patch",
     "place",
     "prepared",
     "provenance",

@@ -36,7 +36,8 @@ class Field:
     """One named array of results: its dims and sizes after ``prompt``, its attributes, labels of its dims.
 
     ``coords`` maps a coordinate's name to its dims and values. Where ``pos`` is among the dims, positions beyond a
-    prompt's own tokens are NaN, or -1 in arrays of integers (token ids).
+    prompt's own tokens are NaN, or -1 in arrays of integers (token ids). ``absent``, of the field's shape, is True
+    where no prompt has a value, which is NaN there.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Field:
     attrs: Mapping[str, Any]
     coords: Mapping[str, tuple[tuple[str, ...], Sequence[Any]]] = field(default_factory=dict)
     dtype: Literal["float32", "int32"] = "float32"
+    absent: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def empty(self, n_prompts: int) -> np.ndarray:
         """Returns an array for that many prompts without a value: NaN, or -1 for integers."""
@@ -177,6 +179,8 @@ def check_finite(field: Field, metric: Metric, values: Tensor, batch: Batch) -> 
     Along positions that is padding, and for a metric of the next token a prompt's last token.
     """
     bad = ~torch.isfinite(values)
+    if field.absent is not None:
+        bad &= ~torch.as_tensor(field.absent, device=bad.device)
     measured = METRICS.get(str(field.attrs.get("metric")), metric)
     if "pos" in field.dims:
         has_value = batch.mask
