@@ -23,7 +23,7 @@ from fastinterp.model.intervene import SOURCE, Edit
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant
+from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
 
 Mode = Literal["zero", "mean", "resample"]
 Effect = Literal["total", "direct", "both"]
@@ -46,6 +46,7 @@ def ablate(
     reference: PromptSet | TokenizedPrompts | None = None,
     mean_over: MeanOver = "tokens",
     seed: int = 0,
+    precision: Precision = "exact",
 ) -> xr.Dataset:
     """Returns the effect of ablating every unit, each independently of all others, and the clean metric.
 
@@ -74,6 +75,9 @@ def ablate(
             alone, with the final norm's (and post-norms') scale frozen; ``"both"``.
         reference: prompts of the mean; by default ``prompts`` themselves.
         mean_over: ``"tokens"``, one mean of all real tokens, or ``"pos"``, one for each position.
+        precision: how the sweep's matrix products are done: ``"exact"``; ``"delta"``, the difference from the clean
+            run in bfloat16 products, close to exact effects at the speed of tensor cores; or ``"tf32"`` and ``"bf16"``,
+            all products rounded. Direct effects are exact always.
 
     Returns:
         ``{metric}_{mode}_{effect}`` (prompt, (pos), (edit_pos), units' dims) and ``{metric}_clean`` (prompt, (pos)).
@@ -96,8 +100,9 @@ def ablate(
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     names = (metric,) if isinstance(metric, str) else tuple(metric)
     analysis = Ablation(
-        units=units, modes=modes, metric_names=names, pos=pos, effect=effect, mean_over=mean_over, seed=seed
-    )
+        units=units, modes=modes, metric_names=names, pos=pos, effect=effect, mean_over=mean_over, seed=seed,
+        precision=precision,
+    )  # fmt: skip
     choose_units(model.spec, units)
     tokens = tokenized(model, prompts, analysis.metric)
     known = None if reference is None else tokenized(model, reference, get_metric("loss"))
@@ -116,6 +121,7 @@ class Ablation:
     effect: Effect = "total"
     mean_over: MeanOver = "tokens"
     seed: int = 0
+    precision: Precision = "exact"
     means: Means | None = field(default=None, repr=False, compare=False)
     n_prompts: int = field(default=0, repr=False, compare=False)
 
@@ -131,6 +137,7 @@ class Ablation:
             get_metric(name)
         check_choice("effect", self.effect, ("total", "direct", "both"))
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
+        check_choice("precision", self.precision, PRECISIONS)
         check_edit_pos(self.pos)
 
     @property
@@ -148,6 +155,7 @@ class Ablation:
     ) -> tuple["Ablation", TokenizedPrompts]:
         """Returns the analysis with its means, and the prompts with what to resample from."""
         # All that can be refused is, before the model runs.
+        check_precision(self.precision, model.dtype)
         check_edited(self.pos, prompts)
         known = prompts if reference is None else reference
         if "mean" in self.modes and self.mean_over == "pos":
@@ -213,6 +221,8 @@ class Ablation:
                     extra |= {"sign": "ablated - clean", "ablated_pos": _described(self.pos)}
                     if effect == "direct":
                         extra["final_norm_scale"] = "frozen at the clean run"
+                    else:
+                        extra["precision"] = self.precision
                     if mode == "mean":
                         extra["mean_over"] = self.mean_over
                     described.append(
@@ -241,6 +251,9 @@ class Ablation:
             clean = clean_run(model, batch, self.metrics)
         found |= {f"{name}_clean": value.to(dtype) for name, value in clean.values.items()}
         if "direct" in self.effects:
+            if self.precision in ("tf32", "bf16"):
+                # What direct effects are differences from is not rounded.
+                clean = clean_run(model, batch, self.metrics)
             for mode in self.modes:
                 ablated = direct_values(model, batch, chosen, mode, self.means, self.metrics)
                 for name, values in ablated.items():
@@ -268,7 +281,7 @@ class Ablation:
             for unit in chosen.units
         ]
         source = batch.corrupt if "resample" in self.modes else None
-        clean, values = sweep_values(model, batch, self.metrics, variants, source)
+        clean, values = sweep_values(model, batch, self.metrics, variants, source, precision=self.precision)
         shape = (len(self.modes), len(wheres), len(chosen.units))
         effects = {name: (each - clean.values[name]).unflatten(0, shape) for name, each in values.items()}
         return clean, {

@@ -20,7 +20,7 @@ from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant
+from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
 
 By = Literal["layer", "position", "head", "head_position", "neuron", "head_query_key"]
 Direction = Literal["denoise", "noise"]
@@ -36,6 +36,7 @@ def activation_patch(
     by: By = "position",
     direction: Direction = "denoise",
     metric: str | Sequence[str] = "logit_diff",
+    precision: Precision = "exact",
 ) -> xr.Dataset:
     """Returns the effect of giving one activation of a run the value that it has in the other run of the pair.
 
@@ -62,6 +63,7 @@ def activation_patch(
             (``"head_position"``; of ``pattern`` that is the query's), one ``"neuron"`` (``post``), or one entry of a
             head's pattern (``"head_query_key"``).
         metric: any metric that is read at the last token, or several, which share the sweep.
+        precision: how matrix products are done, as in :func:`ablate`.
 
     Returns:
         ``{metric}_patch_{site}`` (prompt, dims), where dims are ``layer``; ``edit_pos, layer``; ``layer, head`` (for
@@ -87,6 +89,7 @@ def activation_patch(
         by=by,
         direction=direction,
         metric_names=(metric,) if isinstance(metric, str) else tuple(metric),
+        precision=precision,
     )
     analysis.check_fits(model.spec)
     prepared, tokens = analysis.prepared(model, tokenized(model, prompts, analysis.metric))
@@ -101,11 +104,13 @@ class ActivationPatch:
     by: By = "position"
     direction: Direction = "denoise"
     metric_names: tuple[str, ...] = ("logit_diff",)
+    precision: Precision = "exact"
 
     def __post_init__(self) -> None:
         """Refuses sites, ways, directions and metrics that there are not or that do not go together."""
         check_choice("by", self.by, ("layer", "position", "head", "head_position", "neuron", "head_query_key"))
         check_choice("direction", self.direction, ("denoise", "noise"))
+        check_choice("precision", self.precision, PRECISIONS)
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise OptionError(f"sites={self.sites!r}: give one of {', '.join(SITES)}, or several different ones")
         fitting = {
@@ -146,6 +151,7 @@ class ActivationPatch:
 
     def prepared(self, model: Model, prompts: TokenizedPrompts) -> tuple["ActivationPatch", TokenizedPrompts]:
         """Checks the pairs."""
+        check_precision(self.precision, model.dtype)
         self.check_fits(model.spec)
         if prompts.corrupt is None:
             raise PromptPairError(
@@ -174,7 +180,8 @@ class ActivationPatch:
         """The effects, and both runs."""
         described: list[Field] = []
         for metric in self.metrics:
-            attrs = {"units": metric.units, "metric": metric.name, "pos": "-1", "direction": self.direction}
+            attrs = {"units": metric.units, "metric": metric.name, "pos": "-1"}
+            attrs |= {"direction": self.direction, "precision": self.precision}
             for name, which in (("base", "patched into"), ("source", "taken from")):
                 described.append(
                     Field(
@@ -239,8 +246,8 @@ class ActivationPatch:
             made, shape = self._variants(model.spec, site, base)
             variants += made
             shapes.append(shape)
-        start, values = sweep_values(model, base, self.metrics, variants, source.tokens)
-        resid = clean_run(model, source, self.metrics).resid
+        start, values = sweep_values(model, base, self.metrics, variants, source.tokens, precision=self.precision)
+        resid = clean_run(model, source, self.metrics, self.precision).resid
         other = measure(model, source, self.metrics, resid[None], start.resid)
         dtype = torch.promote_types(model.dtype, torch.float32)
         found: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant
+from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
 
 Among = Literal["heads", "mlps", "heads and mlps"]
 
@@ -34,6 +34,7 @@ def circuit(
     reference: PromptSet | TokenizedPrompts | None = None,
     mean_over: MeanOver = "tokens",
     seed: int = 0,
+    precision: Precision = "exact",
 ) -> xr.Dataset:
     """Returns the metric of sets of heads and MLPs with everything else ablated, and how faithful they are.
 
@@ -46,7 +47,7 @@ def circuit(
         mode: what stands in place of the rest; see :func:`ablate`.
         metric: any metric that is read at the last token.
         among: what is ablated unless it is kept.
-        reference, mean_over, seed: as in :func:`ablate`.
+        reference, mean_over, seed, precision: as in :func:`ablate`.
 
     Returns:
         ``{metric}_circuit`` (prompt, circuit), ``{metric}_clean`` and ``{metric}_nothing`` (prompt), and
@@ -64,7 +65,15 @@ def circuit(
         >>> found = fastinterp.circuit(model, prompts, [(9, 6), (9, 9), "MLP0"])                   # doctest: +SKIP
         >>> float(found["faithfulness"][0])                                                        # doctest: +SKIP
     """
-    analysis = Circuit(keep=tuple(keep), mode=mode, metric_name=metric, among=among, mean_over=mean_over, seed=seed)
+    analysis = Circuit(
+        keep=tuple(keep),
+        mode=mode,
+        metric_name=metric,
+        among=among,
+        mean_over=mean_over,
+        seed=seed,
+        precision=precision,
+    )
     analysis.sets(model.spec)
     tokens = tokenized(model, prompts, analysis.metric)
     known = None if reference is None else tokenized(model, reference, get_metric("loss"))
@@ -90,6 +99,7 @@ class Circuit:
     among: Among = "heads and mlps"
     mean_over: MeanOver = "tokens"
     seed: int = 0
+    precision: Precision = "exact"
     means: Means | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +107,7 @@ class Circuit:
         check_choice("mode", self.mode, MODES)
         check_choice("among", self.among, ("heads", "mlps", "heads and mlps"))
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
+        check_choice("precision", self.precision, PRECISIONS)
         if self.metric.per_token:
             raise MetricError(
                 f"metric {self.metric_name!r} has a value at every token: choose one that is read at the last, such as "
@@ -135,6 +146,7 @@ class Circuit:
         self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None
     ) -> tuple["Circuit", TokenizedPrompts]:
         """Returns the analysis with its means, and the prompts with what to resample from."""
+        check_precision(self.precision, model.dtype)
         self.sets(model.spec)
         if self.mode == "resample":
             return self, with_source(prompts, self.seed)
@@ -162,6 +174,7 @@ class Circuit:
         attrs = {"units": self.metric.units, "metric": name, "pos": "-1", "sign": "the value itself, not an effect"}
         labels = ["+".join(sorted(part.label for part in kept)) for kept in self.sets(spec)]
         kept_only = attrs | {"ablation": self.mode, "ablated": self.among, "mean_over": self.mean_over}
+        kept_only |= {"precision": self.precision}
         return (
             Field(name=f"{name}_clean", dims=(), shape=(), attrs=attrs | {"long_name": self.metric.long_name}),
             Field(
@@ -194,7 +207,7 @@ class Circuit:
             for _, parts in edited
         ]
         source = batch.corrupt if self.mode == "resample" else None
-        clean, values = sweep_values(model, batch, [self.metric], variants, source)
+        clean, values = sweep_values(model, batch, [self.metric], variants, source, precision=self.precision)
         out = clean.values[name].expand(len(sets), -1).clone()
         out[[i for i, _ in edited]] = values[name]
         return {

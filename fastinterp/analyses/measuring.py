@@ -13,7 +13,7 @@ from fastinterp.model.forward import forward, forward_at
 from fastinterp.model.model import Model
 from fastinterp.model.norms import apply_affine, center, divide, norm_scale, normalize
 from fastinterp.prompts import Batch
-from fastinterp.sweep import Swept, Variant, sweep
+from fastinterp.sweep import Precision, Swept, Variant, clean_weights, sweep
 
 # Variants that are measured together.
 SLICE = 16
@@ -32,13 +32,13 @@ class Clean:
     values: dict[str, Float[Tensor, "batch ..."]]
 
 
-def clean_run(model: Model, batch: Batch, metrics: Sequence[Metric]) -> Clean:
-    """Runs the prompts as they are."""
-    spec = model.spec
+def clean_run(model: Model, batch: Batch, metrics: Sequence[Metric], precision: Precision = "exact") -> Clean:
+    """Runs the prompts as they are; in the precision of a sweep, its products are those of the sweep's clean run."""
+    spec, weights = model.spec, clean_weights(model, precision)
     if per_token(metrics):
-        resid = forward(spec, model.weights, batch.tokens)
+        resid = forward(spec, weights, batch.tokens)
     else:
-        resid = forward_at(spec, model.weights, batch.tokens, batch.n_tokens, batch.last)
+        resid = forward_at(spec, weights, batch.tokens, batch.n_tokens, batch.last)
     return measured_clean(model, batch, metrics, resid)
 
 
@@ -104,12 +104,17 @@ def sweep_values(
     metrics: Sequence[Metric],
     variants: Sequence[Variant],
     source: Int[Tensor, "batch pos"] | None = None,
+    *,
+    precision: Precision = "exact",
 ) -> tuple[Clean, dict[str, Float[Tensor, "variant batch *pos"]]]:
     """Runs variants of a batch, and returns the clean run and every variant's metrics."""
     clean: Clean | None = None
     out: dict[str, Tensor] = {}
     at = None if per_token(metrics) else batch.last
-    for swept in sweep(model, batch.tokens, variants, n_tokens=batch.n_tokens, at=at, source=source, clean_first=True):
+    for swept in sweep(
+        model, batch.tokens, variants,
+        n_tokens=batch.n_tokens, at=at, source=source, clean_first=True, precision=precision,
+    ):  # fmt: skip
         if clean is None:
             clean = measured_clean(model, batch, metrics, swept.resid[0])
             out = {name: value.new_empty(len(variants), *value.shape) for name, value in clean.values.items()}

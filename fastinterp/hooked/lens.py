@@ -11,9 +11,9 @@ from torch import Tensor
 from fastinterp.errors import OptionError, SiteRangeError, TokenRangeError, check_choice
 from fastinterp.hooked.contributions import SliceInput, model_of, take
 from fastinterp.hooked.text import Text
-from fastinterp.model.attention import affine
 from fastinterp.model.model import Model
 from fastinterp.model.norms import normalize
+from fastinterp.model.products import affine
 
 Targets = str | int | Sequence[str | int] | Tensor | None
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from fastinterp.errors import OptionError, nearest
 from fastinterp.hooked.hooks import HookPoints
 from fastinterp.hooked.parameters import parameter
-from fastinterp.model.attention import affine, attend, make_frame, ready
+from fastinterp.model.attention import attend, make_frame, ready
 from fastinterp.model.forward import block, mix_heads, mlp
 from fastinterp.model.intervene import Taps
 from fastinterp.model.model import Model, check_tokens
 from fastinterp.model.norms import tapped_norm
+from fastinterp.model.products import affine
 from fastinterp.model.weights import BlockWeights, NormWeights
 
 Resid = Float[Tensor, "batch pos d_model"]

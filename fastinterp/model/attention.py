@@ -18,8 +18,6 @@ from fastinterp.model.rope import rope_tables, rotate
 from fastinterp.model.spec import ModelSpec, Rope
 from fastinterp.model.weights import BlockWeights
 
-STEADY_ROWS = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class SharedKeys:
@@ -126,7 +124,7 @@ def project_qkv(
     """Returns queries, keys and values; the taps ``q`` and ``k`` see them before their norm and rotation."""
     attention = spec.attention
     x = tapped_norm(spec, "ln1", layer, resid, w.ln1, taps)
-    qkv = affine(x, w.W_QKV, w.b_QKV).unflatten(-1, (-1, attention.d_head))
+    qkv = w.products("W_QKV", x, w.W_QKV, w.b_QKV).unflatten(-1, (-1, attention.d_head))
     n, n_kv = attention.n_heads, attention.n_kv_heads
     # Three views rather than one split: hooks may then change them in place where gradients are recorded.
     q, k, v = qkv[..., :n, :], qkv[..., n : n + n_kv, :], qkv[..., n + n_kv :, :]
@@ -346,18 +344,3 @@ def attention_scores(
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
     return scores.masked_fill(~mask, -torch.inf)
-
-
-def affine(
-    x: Float[Tensor, "*rows n_in"], W: Float[Tensor, "n_in n_out"], b: Float[Tensor, " n_out"] | None
-) -> Float[Tensor, "*rows n_out"]:
-    """Returns ``x @ W + b``.
-
-    On the CPU, a few rows go through the matrix product together with rows of zeros: the product of fewer than
-    ``STEADY_ROWS`` rows is no faster, and sums in another order, so that a row's value would depend on its company.
-    """
-    n_rows = x.shape[:-1].numel()
-    if x.device.type != "cpu" or not 1 < n_rows < STEADY_ROWS:
-        return F.linear(x, W.t(), b)
-    padded = F.pad(x.reshape(n_rows, -1), (0, 0, 0, STEADY_ROWS - n_rows))
-    return F.linear(padded, W.t(), b)[:n_rows].view(*x.shape[:-1], -1)

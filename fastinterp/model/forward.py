@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastinterp.errors import OptionError, UnknownActivationError
-from fastinterp.model.attention import Frame, affine, attend, attend_from, continuing_frame, make_frame, project_qkv
+from fastinterp.model.attention import Frame, attend, attend_from, continuing_frame, make_frame, project_qkv
 from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.norms import tapped_norm
 from fastinterp.model.prefix import PrefixTree, prefix_tree
+from fastinterp.model.products import affine
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
 
@@ -207,7 +208,7 @@ def block_at(
     if alone := z.shape[:2].numel() == 1:
         z, last = z.expand(1, 2, -1, -1), last.expand(2)
     taps = dataclasses.replace(taps, at=(torch.zeros_like(rows), rows))
-    resid = _after_attention(spec, w, layer, resid[:, last], z, taps)
+    resid = _after_attention(spec, w.multiplied_by(w.products.at(last)), layer, resid[:, last], z, taps)
     return resid[:, :1] if alone else resid
 
 
@@ -266,7 +267,7 @@ def mix_heads(
 ) -> Float[Tensor, "*rows d_model"]:
     """Returns ``attn_out = sum_h z_h W_O[h] + b_O``; per-head ``result`` only if somebody wants it."""
     if not taps.wants("result", layer):
-        return affine(z.flatten(-2), w.W_O.flatten(0, 1), w.b_O)
+        return w.products("W_O", z.flatten(-2), w.W_O.flatten(0, 1), w.b_O)
     result = taps("result", layer, torch.einsum("...he,hed->...hd", z, w.W_O))
     attn_out = result.sum(-2)
     return attn_out if w.b_O is None else attn_out + w.b_O
@@ -276,14 +277,14 @@ def mlp(
     spec: ModelSpec, w: BlockWeights, layer: int, x: Float[Tensor, "*rows d_model"], taps: Taps = NO_TAPS
 ) -> Float[Tensor, "*rows d_model"]:
     """Returns the MLP's output for a normalised residual."""
-    hidden = affine(x, w.W_gate_in, w.b_gate_in)
+    hidden = w.products("W_gate_in", x, w.W_gate_in, w.b_gate_in)
     if spec.mlp.kind == "plain":
         post = activate(spec.mlp.activation, taps("pre", layer, hidden))
     else:
         gate, linear = hidden.chunk(2, dim=-1)
         gate = activate(spec.mlp.activation, taps("pre", layer, gate))
         post = gate * taps("pre_linear", layer, linear)
-    return affine(taps("post", layer, post), w.W_out, w.b_out)
+    return w.products("W_out", taps("post", layer, post), w.W_out, w.b_out)
 
 
 def activate(activation: Activation, x: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_mlp"]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastinterp.errors import CheckpointKeyError, NonFiniteError
+from fastinterp.model.products import EXACT, Products
 from fastinterp.model.spec import ModelSpec
 
 
@@ -27,7 +28,10 @@ class NormWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
-    """One transformer block. Biases and norms that the model does not have are ``None``."""
+    """One transformer block. Biases and norms that the model does not have are ``None``.
+
+    ``products`` multiplies activations with the matrices; a sweep of reduced precision puts another one in its place.
+    """
 
     ln1: NormWeights
     W_QKV: Float[Tensor, "d_model qkv"]
@@ -43,6 +47,11 @@ class BlockWeights:
     k_norm: Float[Tensor, " d_head"] | None = None
     ln1_post: NormWeights | None = None
     ln2_post: NormWeights | None = None
+    products: Products = EXACT
+
+    def multiplied_by(self, products: Products) -> "BlockWeights":
+        """Returns the block with its products done in another way."""
+        return self if products is self.products else dataclasses.replace(self, products=products)
 
     @property
     def d_head(self) -> int:

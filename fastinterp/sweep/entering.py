@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastinterp.model.attention import Frame, affine, attend, ready
+from fastinterp.model.attention import Frame, attend, ready
 from fastinterp.model.forward import mix_heads, write_norm
 from fastinterp.model.intervene import Edit, Taps
 from fastinterp.model.norms import normalize
+from fastinterp.model.products import affine
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
 from fastinterp.names import activation

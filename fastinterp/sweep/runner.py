@@ -22,21 +22,17 @@ from fastinterp.model.forward import block, block_at, embed, forward, forward_at
 from fastinterp.model.intervene import SOURCE, Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
+from fastinterp.model.products import Difference, Recorded
 from fastinterp.model.weights import BlockWeights
+from fastinterp.sweep.memory import RESIDUAL_BYTES, SweepMemory, score_bytes, step_tokens
+from fastinterp.sweep.precision import Precision, check_precision, clean_products, clean_weights
 from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.source import SourceRun
 from fastinterp.sweep.stack import CleanLayer, Stack
 from fastinterp.sweep.variants import Variant
 
-RESIDUAL_BYTES = 1 << 30
-
 # Ends of prompts are computed by themselves below this share of the tokens: their attention is slower for each.
 _ENDS_SHARE = 0.75
-
-
-def step_tokens(device: torch.device) -> int:
-    """Tokens that go through a block together: enough rows for the matrix product, few enough for the cache."""
-    return 1024 if device.type == "cpu" else 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,7 @@ class Swept:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A batch of prompts, where it is read, and the run that ``SOURCE`` stands for."""
+    """A batch of prompts, where it is read, the run that ``SOURCE`` stands for, and how products are done."""
 
     model: Model
     tokens: Int[Tensor, "batch pos"]
@@ -62,6 +58,9 @@ class Job:
     tree: PrefixTree
     at: Int[Tensor, " batch"] | None = None
     source: Int[Tensor, "batch pos"] | None = None
+    precision: Precision = "exact"
+    step_tokens: int
+    score_bytes: int
 
 
 @torch.no_grad()
@@ -74,6 +73,7 @@ def run_variants(
     at: Int[Tensor, " batch"] | None = None,
     source: Int[Tensor, "batch pos"] | None = None,
     residual_bytes: int = RESIDUAL_BYTES,
+    precision: Precision = "exact",
 ) -> Iterator[tuple[list[int], Float[Tensor, "variant batch *pos d_model"]]]:
     """Yields ``(indices into variants, final residuals)`` group by group until every variant has come once.
 
@@ -87,20 +87,24 @@ def run_variants(
         at: read the final residual at this position of each prompt only; the last block then computes little else.
         source: the prompts of the run that replacements of ``SOURCE`` are taken from, of the same shape.
         residual_bytes: the residuals of one group's variants stay below this; more groups repeat the clean run.
+        precision: how the matrix products are done, see :func:`check_precision`.
 
     Raises:
         SiteRangeError: a layer, head or neuron that the model does not have.
-        OptionError: an edit with ``SOURCE`` where there is no source.
+        OptionError: an edit with ``SOURCE`` where there is no source; a precision that the model does not have.
 
     Memory: ``residual_bytes`` (twice that where every position is read) plus the activations of one step.
     """
     clean: Tensor | None = None
-    for swept in sweep(model, tokens, variants, n_tokens=n_tokens, at=at, source=source, residual_bytes=residual_bytes):
+    for swept in sweep(
+        model, tokens, variants,
+        n_tokens=n_tokens, at=at, source=source, residual_bytes=residual_bytes, precision=precision,
+    ):  # fmt: skip
         if swept.start is None or at is not None:
             yield swept.indices, swept.resid
             continue
         if clean is None:
-            clean = forward(model.spec, model.weights, tokens)
+            clean = forward(model.spec, clean_weights(model, precision), tokens)
         yield swept.indices, _filled(swept, clean)
 
 
@@ -124,13 +128,19 @@ def sweep(
     source: Int[Tensor, "batch pos"] | None = None,
     residual_bytes: int = RESIDUAL_BYTES,
     clean_first: bool = False,
+    precision: Precision = "exact",
+    memory: SweepMemory | None = None,
 ) -> Iterator[Swept]:
     """Like :func:`run_variants`, but where every position is read, with those alone that a variant can change.
+
+    ``memory`` says how large groups and steps are, see :func:`~fastinterp.sweep.memory.plan_memory`; without it steps
+    have their usual size, and groups ``residual_bytes``.
 
     With ``clean_first`` the clean run comes before them, as a variant without an index. It costs next to nothing where
     the last block has variants of its own, or only the ends of prompts are computed.
     """
     spec = model.spec
+    check_precision(precision, model.dtype)
     variants = [variant.resolved(spec) for variant in variants]
     if source is None and any(isinstance(edit.replacement, str) for v in variants for edit in v.edits):
         raise OptionError(f"an edit takes its values from {SOURCE!r}, and there is no source: give source=tokens")
@@ -139,11 +149,16 @@ def sweep(
     stages = [variant.stage(spec) for variant in variants]
     passing = [i for i, stage in enumerate(stages) if stage != "forward"]
     tree = prefix_tree(tokens, n_tokens, share=all(e.same_everywhere for i in passing for e in variants[i].edits))
-    job = Job(model=model, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source)
+    device = model.device.type
+    job = Job(
+        model=model, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source, precision=precision,
+        step_tokens=step_tokens(device) if memory is None else memory.step_tokens,
+        score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
+    )  # fmt: skip
     planned = [_Planned.of(job, i, variants[i]) for i in passing]
     planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
     owed = clean_first
-    for group in _groups(planned, residual_bytes):
+    for group in _groups(planned, residual_bytes if memory is None else memory.residual_bytes):
         yield from _run_group(job, group, clean_first=owed)
         owed = False
     if owed:
@@ -200,6 +215,7 @@ def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterato
         if clean_first:
             clean = one.final_clean()
             found.insert(0, Swept(indices=[], resid=(_clean_forward(job) if clean is None else clean)[None]))
+        del one  # its stacks, while results are looked at
     except torch.OutOfMemoryError:
         if len(group) == 1:
             raise
@@ -210,21 +226,22 @@ def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterato
         yield from _run_group(job, group[:half], clean_first=clean_first)
         yield from _run_group(job, group[half:], clean_first=False)
     else:
-        yield from found
+        while found:
+            yield found.pop(0)
 
 
 def _clean_forward(job: Job) -> Float[Tensor, "batch *pos d_model"]:
-    spec, weights = job.model.spec, job.model.weights
+    spec, weights = job.model.spec, clean_weights(job.model, job.precision)
     if job.at is None:
         return forward(spec, weights, job.tokens)
     return forward_at(spec, weights, job.tokens, job.n_tokens, job.at)
 
 
 def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
-    """For edits outside of the blocks."""
+    """For edits outside of the blocks. There all differs from the clean run: with ``delta`` such a run is exact."""
     model = job.model
     taps = Taps.of(model.spec.n_layers, edits=SourceRun.resolve_all(job.model, job.source, variant.edits))
-    final = forward(model.spec, model.weights, job.tokens, taps=taps)
+    final = forward(model.spec, clean_weights(model, job.precision), job.tokens, taps=taps)
     if job.at is not None:
         final = final[torch.arange(len(final), device=final.device), job.at]
     return Swept(indices=[index], resid=final[None])
@@ -234,10 +251,10 @@ class _Pass:
     """One pass over the layers for a group of variants."""
 
     def __init__(self, job: Job, group: Sequence[_Planned]) -> None:
-        self.job, self.spec, self.weights = job, job.model.spec, job.model.weights
+        self.job, self.spec, self.weights = job, job.model.spec, clean_weights(job.model, job.precision)
         self.clean = embed(self.weights, job.tokens, tree=job.tree)
         self.whole = Rows.whole(self.spec, job.tree, self.clean.dtype)
-        self.source = None if job.source is None else SourceRun(job.model, job.source)
+        self.source = None if job.source is None else SourceRun(job.model, job.source, clean_products(job.precision))
         self.stacks = [self._stack(start, members) for start, members in _by_start(group)]
         self.ends = any(stack.rows.start is not None for stack in self.stacks)
         self.clean_layers, self.clean_at_rows = 0, False
@@ -252,7 +269,8 @@ class _Pass:
             rows,
             [(each.index, each.variant) for each in members],
             n_pos=job.tokens.shape[1],
-            step_tokens=step_tokens(self.clean.device),
+            step_tokens=job.step_tokens,
+            score_bytes=job.score_bytes,
             like=self.clean,
         )
 
@@ -261,16 +279,22 @@ class _Pass:
         job = self.job
         for layer, w in enumerate(self.weights.blocks):
             reading = job.at if layer == self.spec.n_layers - 1 else None
-            if not self.ends and all(stack.first_to_enter(layer) is None for stack in self.stacks):
-                clean = CleanLayer(layer=layer, w=w, frame=self.whole.frame)
+            if not self._clean_needed(layer):
+                clean = CleanLayer(layer=layer, w=w, frame=self.whole.frame, products=w.products)
             else:
                 clean = self._clean_step(layer, w, reading)
             edits = [edit for stack in self.stacks for variant in stack.variants for edit in variant.at_layer(layer)]
             taken = {} if self.source is None else self.source.step(layer, edits)
             for stack in self.stacks:
                 stack.step(clean, taken, reading)
-        for stack in self.stacks:
+        while self.stacks:
+            stack = self.stacks.pop(0)
             yield Swept(indices=stack.indices, resid=stack.final(job.at, self.clean), start=stack.rows.start)
+
+    def _clean_needed(self, layer: int) -> bool:
+        if self.ends or self.job.precision == "delta":
+            return True
+        return any(stack.first_to_enter(layer) is not None for stack in self.stacks)
 
     def _clean_step(self, layer: int, w: BlockWeights, reading: Int[Tensor, " batch"] | None) -> CleanLayer:
         """Runs the clean block, and shows what the variants that enter here are made from."""
@@ -281,19 +305,23 @@ class _Pass:
         taps = Taps.of(spec.n_layers, capture=[Capture(name=name, layers=(layer,)) for name in sorted(names)])
         resid_pre = self.clean
         self.clean_layers = layer + 1
-        at_rows = reading is not None and not names & {"q", "k", "v"}
+        differences = self.job.precision == "delta"
+        # Differences need the clean run at every row.
+        at_rows = reading is not None and not differences and not names & {"q", "k", "v"}
         self.clean_at_rows = at_rows
+        recorded = Recorded()
         if reading is not None and at_rows:
             self.clean = block_at(spec, w, layer, self.clean, frame, reading, taps)
         else:
-            self.clean = block(spec, w, layer, self.clean, frame, taps)
+            self.clean = block(spec, w.multiplied_by(recorded) if differences else w, layer, self.clean, frame, taps)
         values = {name: value[None] if at_rows else value for (name, _), value in taps.values.items()}
         ready_k = None
         if self.ends:
             ready_k = ready(spec, layer, values["k"], w.k_norm, frame)
         return CleanLayer(
-            layer=layer, w=w, frame=frame, resid_pre=resid_pre, values=values, ready_k=ready_k, at_rows=at_rows
-        )
+            layer=layer, w=w, frame=frame, resid_pre=resid_pre, values=values, ready_k=ready_k, at_rows=at_rows,
+            products=Difference(recorded) if differences else w.products,
+        )  # fmt: skip
 
     def final_clean(self) -> Float[Tensor, "batch *pos d_model"] | None:
         """Returns the clean run's final residual, if it went through all layers."""

@@ -9,14 +9,15 @@ from fastinterp.model.attention import make_frame
 from fastinterp.model.forward import block, embed, forward
 from fastinterp.model.intervene import Capture, Edit, Taps
 from fastinterp.model.model import Model
+from fastinterp.model.products import EXACT, Products
 from fastinterp.names import activation
 
 
 class SourceRun:
     """A forward of other prompts of the same shape that shows the activations of one layer at a time."""
 
-    def __init__(self, model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
-        self.model = model
+    def __init__(self, model: Model, tokens: Int[Tensor, "batch pos"], products: Products = EXACT) -> None:
+        self.model, self.products = model, products
         self.layer = 0
         self.resid = embed(model.weights, tokens)
         self.frame = make_frame(model.spec, tokens.shape[1], device=self.resid.device, dtype=self.resid.dtype)
@@ -27,7 +28,8 @@ class SourceRun:
         assert layer == self.layer
         sites = {edit.site for edit in edits if edit.layer == layer and isinstance(edit.replacement, str)}
         taps = Taps.of(spec.n_layers, capture=[Capture(name=site, layers=(layer,)) for site in sorted(sites)])
-        self.resid = block(spec, self.model.weights.blocks[layer], layer, self.resid, self.frame, taps)
+        w = self.model.weights.blocks[layer].multiplied_by(self.products)
+        self.resid = block(spec, w, layer, self.resid, self.frame, taps)
         self.layer += 1
         return {name: value for (name, _), value in taps.values.items()}
 

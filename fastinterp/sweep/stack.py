@@ -11,6 +11,7 @@ from fastinterp.model.attention import Frame
 from fastinterp.model.forward import block, block_at, mlp_residual
 from fastinterp.model.intervene import Edit, Taps
 from fastinterp.model.model import Model
+from fastinterp.model.products import EXACT, Products
 from fastinterp.model.weights import BlockWeights
 from fastinterp.sweep.entering import Entrance, captured_for
 from fastinterp.sweep.rows import Rows, at_positions
@@ -19,14 +20,13 @@ from fastinterp.sweep.taps import stack_edits
 from fastinterp.sweep.variants import Variant
 
 _ORDER = {"block": 0, "heads": 1, "post": 2}
-_SCORE_BYTES = 1 << 26  # of the scores of prompts' ends, which attention forms
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanLayer:
     """The clean run in one layer: ``[1, node, ...]``; ``values`` at the rows that are read where ``at_rows``.
 
-    Empty where nobody needs it.
+    Empty where nobody needs it. ``products`` are those of the edited runs, at all nodes.
     """
 
     layer: int
@@ -36,6 +36,11 @@ class CleanLayer:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     ready_k: Float[Tensor, "1 node kv_head d_head"] | None = None
     at_rows: bool = False
+    products: Products = EXACT
+
+    def multiplied_at(self, node: Int[Tensor, " row"] | None) -> BlockWeights:
+        """Returns the weights as edited runs are multiplied with them at some of the nodes."""
+        return self.w.multiplied_by(self.products.at(node))
 
 
 class Stack:
@@ -49,6 +54,7 @@ class Stack:
         *,
         n_pos: int,
         step_tokens: int,
+        score_bytes: int,
         like: Tensor,
     ) -> None:
         spec = self.spec = model.spec
@@ -56,7 +62,9 @@ class Stack:
         self.indices = [index for index, _ in members]
         self.variants = [variant for _, variant in members]
         self.stages = [variant.stage(spec) for variant in self.variants]
-        self.rows, self.n_pos, self.step_tokens = rows, n_pos, step_tokens
+        self.rows, self.n_pos = rows, n_pos
+        # Tokens that go through a block together, and bytes of the scores of prompts' ends, which attention forms.
+        self.step_tokens, self.score_bytes = step_tokens, score_bytes
         self.resid = like.new_empty(len(members), rows.n_rows, like.shape[-1])
         self.entered = 0
 
@@ -117,15 +125,16 @@ class Stack:
         if rows.start is not None:
             assert clean.ready_k is not None
             frame = rows.seeing(clean.ready_k, clean.values["v"])
+        w = clean.multiplied_at(rows.node)
         for part in self._parts(members, self._step_variants()):
             resid = self.resid[part.start : part.stop]
             taps = self._taps(part, edits, rows)
             if reading is None:
-                out[part.start : part.stop] = block(spec, clean.w, clean.layer, resid, frame, taps)
+                out[part.start : part.stop] = block(spec, w, clean.layer, resid, frame, taps)
             elif rows.start is None and not taps.edits:
-                out[part.start : part.stop] = block_at(spec, clean.w, clean.layer, resid, frame, reading)
+                out[part.start : part.stop] = block_at(spec, w, clean.layer, resid, frame, reading)
             else:
-                whole = block(spec, clean.w, clean.layer, resid, frame, taps)
+                whole = block(spec, w, clean.layer, resid, frame, taps)
                 out[part.start : part.stop] = rows.read(whole, reading)
 
     def _through_mlp(
@@ -135,9 +144,10 @@ class Stack:
         if not members:
             return
         size = max(1, self.step_tokens // rows.n_rows)
+        w = clean.multiplied_at(rows.node)
         for part in self._parts(range(members[0], members[-1] + 1), size):
             resid = out[part.start : part.stop]
-            resid.copy_(mlp_residual(self.spec, clean.w, clean.layer, resid, self._taps(part, edits, rows)))
+            resid.copy_(mlp_residual(self.spec, w, clean.layer, resid, self._taps(part, edits, rows)))
 
     def _taps(self, part: range, edits: Mapping[int, Sequence[Edit]], rows: Rows) -> Taps:
         return Taps(edits=stack_edits([edits[i] for i in part], rows.row, rows.pos, self.n_pos))
@@ -149,8 +159,7 @@ class Stack:
             return max(1, self.step_tokens // max(tree.n_nodes, tree.node.numel() // 2))
         n_keys = int(rows.start.max()) + rows.width
         scores = rows.n_rows * self.spec.n_heads * n_keys * self.resid.element_size()
-        bytes_ = _SCORE_BYTES if self.resid.device.type == "cpu" else _SCORE_BYTES * 16
-        return max(1, min(self.step_tokens // rows.n_rows, bytes_ // scores))
+        return max(1, min(self.step_tokens // rows.n_rows, self.score_bytes // scores))
 
     @staticmethod
     def _parts(members: range, size: int) -> list[range]:

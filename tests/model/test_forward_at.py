@@ -5,7 +5,7 @@ import torch
 
 from fastinterp.errors import FastinterpError
 from fastinterp.model import Edit, Taps, forward
-from fastinterp.model.attention import STEADY_ROWS, affine
+from fastinterp.model.products import STEADY_ROWS, affine
 from fastinterp.model.forward import forward_at
 from fastinterp.model.prefix import POSITIONS_MULTIPLE, prefix_tree
 

@@ -1,0 +1,154 @@
+"""How the activations of a block are multiplied with its matrices.
+
+Exactly, unless somebody asks for less: ``BlockWeights.products`` holds what does it, and the forward calls that for its
+four products per block. Reduced precision, and the propagation of differences, are other ways to do the same products.
+"""
+
+from typing import Literal, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastinterp_kernels.delta_product import delta_product, rounded_product
+
+Product = Literal["W_QKV", "W_O", "W_gate_in", "W_out"]
+
+STEADY_ROWS = 8
+
+
+@runtime_checkable
+class Products(Protocol):
+    """Multiplies the rows of a block with one of its matrices."""
+
+    def __call__(
+        self,
+        name: Product,
+        x: Float[Tensor, "*rows n_in"],
+        W: Float[Tensor, "n_in n_out"],
+        b: Float[Tensor, " n_out"] | None,
+    ) -> Float[Tensor, "*rows n_out"]:
+        """Returns ``x @ W + b``."""
+        ...
+
+    def at(self, rows: Int[Tensor, " row"] | None) -> "Products":
+        """Returns the products of some rows of ``[variant, row, ...]`` alone; None: of all."""
+        ...
+
+
+def affine(
+    x: Float[Tensor, "*rows n_in"], W: Float[Tensor, "n_in n_out"], b: Float[Tensor, " n_out"] | None
+) -> Float[Tensor, "*rows n_out"]:
+    """Returns ``x @ W + b``.
+
+    On the CPU, a few rows go through the matrix product together with rows of zeros: the product of fewer than
+    ``STEADY_ROWS`` rows is no faster, and sums in another order, so that a row's value would depend on its company.
+    """
+    n_rows = x.shape[:-1].numel()
+    if x.device.type != "cpu" or not 1 < n_rows < STEADY_ROWS:
+        return F.linear(x, W.t(), b)
+    padded = F.pad(x.reshape(n_rows, -1), (0, 0, 0, STEADY_ROWS - n_rows))
+    return F.linear(padded, W.t(), b)[:n_rows].view(*x.shape[:-1], -1)
+
+
+class Exact:
+    """Products in the dtype of the operands."""
+
+    def __call__(
+        self,
+        name: Product,
+        x: Float[Tensor, "*rows n_in"],
+        W: Float[Tensor, "n_in n_out"],
+        b: Float[Tensor, " n_out"] | None,
+    ) -> Float[Tensor, "*rows n_out"]:
+        """Returns ``x @ W + b``."""
+        return affine(x, W, b)
+
+    def at(self, rows: Int[Tensor, " row"] | None) -> "Exact":
+        """The same."""
+        return self
+
+
+EXACT = Exact()
+
+
+class Rounded:
+    """Products of operands rounded to ``bf16`` or ``tf32``, summed in float32."""
+
+    def __init__(self, precision: Literal["bf16", "tf32"]) -> None:
+        self.precision: Literal["bf16", "tf32"] = precision
+
+    def __call__(
+        self,
+        name: Product,
+        x: Float[Tensor, "*rows n_in"],
+        W: Float[Tensor, "n_in n_out"],
+        b: Float[Tensor, " n_out"] | None,
+    ) -> Float[Tensor, "*rows n_out"]:
+        """Returns ``round(x) @ round(W) + b``."""
+        product: Tensor = rounded_product(x, W, b, precision=self.precision)
+        return product
+
+    def at(self, rows: Int[Tensor, " row"] | None) -> "Rounded":
+        """The same."""
+        return self
+
+
+class Recorded:
+    """Exact products of the clean run ``[1, row, ...]``, which keeps what went in and what came out."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Product, tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self,
+        name: Product,
+        x: Float[Tensor, "1 row n_in"],
+        W: Float[Tensor, "n_in n_out"],
+        b: Float[Tensor, " n_out"] | None,
+    ) -> Float[Tensor, "1 row n_out"]:
+        """Returns ``x @ W + b``."""
+        y = affine(x, W, b)
+        self.kept[name] = x[0], y[0]
+        return y
+
+    def at(self, rows: Int[Tensor, " row"] | None) -> "Recorded":
+        """Not defined: differences need the clean run at all its rows."""
+        raise AssertionError("the clean run is recorded at all rows")
+
+
+class Difference:
+    """Products of edited runs as the clean run's plus that of the difference, which alone is rounded to bfloat16.
+
+        y = y_clean + round(x - x_clean) @ round(W)
+
+    So rounding is relative to what the edit changes, not to the activation. Everything between the products stays as
+    it is, in float32, and evaluated on the sum.
+    """
+
+    def __init__(self, clean: Recorded, rows: Int[Tensor, " row"] | None = None) -> None:
+        self.clean, self.rows = clean, rows
+        self._here: dict[Product, tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self,
+        name: Product,
+        x: Float[Tensor, "variant row n_in"],
+        W: Float[Tensor, "n_in n_out"],
+        b: Float[Tensor, " n_out"] | None,
+    ) -> Float[Tensor, "variant row n_out"]:
+        """Returns ``x @ W + b``; ``b`` is in the clean run's product already."""
+        if name not in self._here:
+            kept = self.clean.kept[name]
+            self._here[name] = (
+                kept if self.rows is None else (kept[0].index_select(0, self.rows), kept[1].index_select(0, self.rows))
+            )
+        clean_x, clean_y = self._here[name]
+        product: Tensor = delta_product(x, clean_x, W, clean_y, precision="bf16")
+        return product
+
+    def at(self, rows: Int[Tensor, " row"] | None) -> "Difference":
+        """Returns the products of some rows alone."""
+        if rows is None:
+            return self
+        return Difference(self.clean, rows if self.rows is None else self.rows[rows])
