@@ -210,12 +210,7 @@ def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterato
     """One pass; in two halves, one after the other, where the memory is not enough."""
     found: list[Swept] | None = None
     try:
-        one = _Pass(job, group)
-        found = list(one.run())
-        if clean_first:
-            clean = one.final_clean()
-            found.insert(0, Swept(indices=[], resid=(_clean_forward(job) if clean is None else clean)[None]))
-        del one  # its stacks, while results are looked at
+        found = _passed(job, group, clean_first=clean_first)
     except torch.OutOfMemoryError:
         if len(group) == 1:
             raise
@@ -228,6 +223,16 @@ def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterato
     else:
         while found:
             yield found.pop(0)
+
+
+def _passed(job: Job, group: list[_Planned], *, clean_first: bool) -> list[Swept]:
+    """The results of one pass, of which nothing else stays alive."""
+    one = _Pass(job, group)
+    found = list(one.run())
+    if clean_first:
+        clean = one.final_clean()
+        found.insert(0, Swept(indices=[], resid=(_clean_forward(job) if clean is None else clean)[None]))
+    return found
 
 
 def _clean_forward(job: Job) -> Float[Tensor, "batch *pos d_model"]:
