@@ -158,9 +158,9 @@ def measured(logits, clean, prompt, answer, wrong, margin):
 class Loop:
     """The loops that ``ablate`` stands for, over prompts given as ids."""
 
-    def __init__(self, run, spec, prompts, answer, wrong, *, corrupt=None, reference=None):
+    def __init__(self, run, spec, prompts, answer, wrong, *, corrupt=None, reference=None, sites=None):
         self.run, self.spec, self.prompts, self.answer, self.wrong = run, spec, prompts, answer, wrong
-        sites = {(site, layer) for site in HOOKS for layer in range(spec.n_layers)}
+        sites = sites or {(site, layer) for site in HOOKS for layer in range(spec.n_layers)}
 
         def cached(all_ids):
             return [run.cache(ids, sites) for ids in all_ids]
