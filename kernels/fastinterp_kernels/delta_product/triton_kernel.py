@@ -43,6 +43,7 @@ class ProductTiling:
     depth: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # Rounding in registers --------------------------------------------------------------------------------------
@@ -226,17 +227,19 @@ def difference_kernel(
 
 
 def default_tiling(
-    precision: Precision, n_product_rows: int, n_out: int, *, prepared: bool, w_rounded: bool
+    precision: Precision, n_product_rows: int, n_out: int, *, prepared: bool, w_rounded: bool, hopper: bool
 ) -> ProductTiling:
-    """Tile sizes by registers and shared memory on sm_80 and sm_90."""
+    """Tile sizes by registers and shared memory on sm_80 and sm_90 (``hopper``)."""
     if INTERPRETED:  # every operation of a program costs the same there: few, large tiles
         return ProductTiling(row=128, column=_columns(n_out, 512), depth=256, num_warps=1, num_stages=1)
     if precision == "exact":
-        return ProductTiling(row=64, column=_columns(n_out, 64), depth=16, num_warps=4, num_stages=3)
+        # Without a limit ptxas stops at 96 registers and spills.
+        return ProductTiling(row=64, column=_columns(n_out, 64), depth=16, num_warps=4, num_stages=3, max_registers=128)
     depth = 64 if precision == "bf16" and prepared and w_rounded else 32
     if -(-n_product_rows // 128) * -(-n_out // 128) < 132:  # fewer programs than an H100 has multiprocessors
         return ProductTiling(row=64, column=_columns(n_out, 64), depth=depth, num_warps=4, num_stages=3)
-    return ProductTiling(row=128, column=_columns(n_out, 128), depth=depth, num_warps=8, num_stages=3)
+    widest = 64 if precision == "bf16x3" and not hopper else 128
+    return ProductTiling(row=128, column=_columns(n_out, widest), depth=depth, num_warps=8, num_stages=3)
 
 
 def _columns(n_out: int, largest: int) -> int:
@@ -295,8 +298,9 @@ def _multiply(
     if prepare is None:
         prepare = _worth_preparing(precision, n_product_rows, n_in, out.shape[1])
     tiling = tiling or default_tiling(
-        precision, n_product_rows, out.shape[1], prepared=prepare, w_rounded=W.dtype == torch.bfloat16
-    )
+        precision, n_product_rows, out.shape[1], prepared=prepare, w_rounded=W.dtype == torch.bfloat16,
+        hopper=x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9,
+    )  # fmt: skip
     with launch_device(x):
         if not prepare:
             _launch(x, None, clean_x, W, base, out, 0, n_product_rows, precision, tiling)
@@ -353,6 +357,6 @@ def _launch(
         WIDEN=INTERPRETED,  # the interpreter multiplies bfloat16 operands as raw integers
         DOT=dot_precision(precision), GROUP=GROUP_ROWS,
         BLOCK_ROW=tiling.row, BLOCK_COLUMN=tiling.column, BLOCK_DEPTH=tiling.depth,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
         enable_fp_fusion=True,  # the default of some Triton releases and not of others
     )  # fmt: skip
