@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp_kernels.common import IGNORED, TILE_BYTES, Precision, finite_or_zero, operand_parts
+from fastinterp_kernels.common import IGNORED, Precision, finite_or_zero, operand_parts
 from fastinterp_kernels.head_logits.plan import COLUMN_MULTIPLE, Block, Engine
 from fastinterp_kernels.head_logits.reference import HeadLogits, Wanted
 from fastinterp_kernels.head_logits.topk import PARENT, best_groups, members
@@ -21,6 +21,7 @@ from fastinterp_kernels.head_logits.topk import PARENT, best_groups, members
 GROUP = 8
 """Columns to a group, of which the first pass of top-k keeps the maximum; the second looks at k groups."""
 
+TILE_BYTES = 2 * 2**20  # of logits: products with few terms to a sum are slower in smaller tiles, which stay nearer
 _WEIGHT_BYTES = 26 * 2**20  # W_O[h] @ W_U of the heads that are built together: wide products are faster
 _EXTREME_BYTES = 26 * 2**20  # maxima and minima of the groups, of one head
 _KEPT_BYTES = 30 * 2**20
