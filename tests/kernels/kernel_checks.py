@@ -12,6 +12,7 @@ interpreter looks like::
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -115,6 +117,30 @@ def unembedding_layouts(W_U: Tensor) -> dict[str, Tensor]:
 
 # The interpreter --------------------------------------------------------------------------------------------
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Tests run side by side, and threads that wait for each other's share of a small product are slower than one."""
+
+
+@contextlib.contextmanager
+def fitted_tilings(module: Any, name: str = "default_tiling", **sizes: int) -> Iterator[None]:
+    """Interpreted, tilings by the function ``name`` of ``module`` are no larger than ``sizes`` (by field) need.
+
+    The interpreter computes what is masked too: most of a tile of 256 rows in a case of 40. Powers of two, at least 64.
+    """
+    from fastinterp_kernels.triton_common import INTERPRETED
+
+    make = getattr(module, name)
+
+    def fitted(*args: Any, **options: Any) -> Any:
+        tiling = make(*args, **options)
+        enough = {field: max(64, 1 << (size - 1).bit_length()) for field, size in sizes.items() if size}
+        return dataclasses.replace(
+            tiling, **{field: min(size, getattr(tiling, field)) for field, size in enough.items()}
+        )
+
+    with mock.patch.object(module, name, fitted) if INTERPRETED else contextlib.nullcontext():
+        yield
+
 
 def run_interpreted(file: str, *arguments: str) -> dict[str, str | None]:
     """Run a test module as a script under ``TRITON_INTERPRET=1``; returns what :func:`report_checks` printed.
@@ -124,7 +150,7 @@ def run_interpreted(file: str, *arguments: str) -> dict[str, str | None]:
     module = ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", module, *arguments],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"} | ONE_THREAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])

@@ -55,8 +55,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ragged(n_rows: int) -> Case:
-    return random_case(n_rows, 50257, heads=((1, 8),), d_model=16)
+def ragged(n_rows: int, d_vocab: int = 50257) -> Case:
+    return random_case(n_rows, d_vocab, heads=((1, 8),), d_model=16)
 
 
 def d_head(n: int) -> Case:

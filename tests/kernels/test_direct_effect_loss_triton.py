@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastinterp_kernels.direct_effect_loss import DirectEffect, edits
-from tests.kernels.kernel_checks import cuda_peak_bytes, largest_error, report_checks, run_interpreted
+from tests.kernels.kernel_checks import cuda_peak_bytes, fitted_tilings, largest_error, report_checks, run_interpreted
 from tests.kernels.test_direct_effect_loss import (
     CASES,
     PRECISIONS,
@@ -21,6 +21,7 @@ from tests.kernels.test_direct_effect_loss import (
     mean,
     other_rows,
     plain,
+    ragged,
     random_case,
     softcap_and_more,
 )
@@ -30,20 +31,29 @@ from tests.kernels.test_direct_effect_loss import (
 
 def _run(case: Case, device: str, *, pairs: bool = False, **options: object) -> DirectEffect:
     """By sums over tiles, or for ``pairs`` by edited residuals, whatever would be less work."""
+    from fastinterp_kernels.direct_effect_loss import triton_kernel
+
     with (
         mock.patch.object(edits, "_explicit_is_less_work", return_value=pairs),
+        fitted_tilings(triton_kernel, row=len(case.x), column=case.W_U.shape[1]),
         numpy.errstate(over="ignore", invalid="ignore"),  # the interpreter is numpy, which warns of infinities
     ):
         found = case.to(device).run(**{"backend": "triton", "precision": "exact"} | options)
     return DirectEffect(*(None if tensor is None else tensor.cpu() for tensor in found))
 
 
+FEWER_COLUMNS = {f"ragged_{n}": partial(ragged, n, 3001) for n in (1, 123, 255, 507)}
+"""Interpreted instead of those with 50257 columns, of which one case is enough: two tiles, the second ragged."""
+
+
 def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
     from fastinterp_kernels.direct_effect_loss import triton_kernel
     from fastinterp_kernels.direct_effect_loss.triton_kernel import Plan, SumTiling
 
+    cases = CASES | (FEWER_COLUMNS if device == "cpu" else {})
+
     def run(name: str) -> None:
-        case = CASES[name]()
+        case = cases[name]()
         found = _run(case, device)
         assert found.logsumexp.dtype == found.target_logit.dtype == torch.float32
         # Operands that are all in a reduced dtype are multiplied as they are, and so is W_O @ W_U.
@@ -64,8 +74,8 @@ def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
         ):
             for make in (mean, softcap_and_more, many_targets):
                 case = make()
-                case = case._replace(W_U=case.W_U[:, :300], b_U=None if case.b_U is None else case.b_U[:300])
-                case = case._replace(targets=case.targets % 300)
+                case = case._replace(W_U=case.W_U[:, :150], b_U=None if case.b_U is None else case.b_U[:150])
+                case = case._replace(targets=case.targets % 150)
                 check(case, _run(case, device))
 
     def precision(mode: str) -> None:

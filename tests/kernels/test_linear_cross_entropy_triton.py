@@ -23,6 +23,7 @@ from tests.kernels.kernel_checks import (
 )
 from tests.kernels.linear_cross_entropy_cases import (
     CASES,
+    FEWER_COLUMNS,
     Case,
     check,
     check_ids,
@@ -47,6 +48,7 @@ class Checks:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.cases = CASES | (FEWER_COLUMNS if device == "cpu" else {})
 
     def all(self) -> dict[str, Callable[[], None]]:
         checks: dict[str, Callable[[], None]] = {}
@@ -57,7 +59,7 @@ class Checks:
         return checks | {name: getattr(self, name) for name in OTHERS}
 
     def case(self, name: str, *, everything: bool) -> None:
-        case = CASES[name]().to(self.device)
+        case = self.cases[name]().to(self.device)
         found = run_triton(case, **(case.options() if everything else {}))
         assert found.logsumexp.dtype == found.target_logit.dtype == torch.float32
         check(case.to("cpu"), on_cpu(found))

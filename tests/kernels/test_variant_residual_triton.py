@@ -8,6 +8,7 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from torch import Tensor
 
 from fastinterp_kernels.variant_residual import variant_residual
 from tests.kernels.kernel_checks import (
@@ -18,6 +19,7 @@ from tests.kernels.kernel_checks import (
     assert_tensor_cores,
     compile_for,
     cuda_peak_bytes,
+    fitted_tilings,
     largest_error,
     report_checks,
     run_interpreted,
@@ -25,6 +27,7 @@ from tests.kernels.kernel_checks import (
 from tests.kernels.test_variant_residual import (
     CASES,
     PRECISIONS,
+    Case,
     check,
     mask_and_replacement,
     other_rows,
@@ -36,12 +39,19 @@ from tests.kernels.test_variant_residual import (
 
 
 def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
+    from fastinterp_kernels.variant_residual import triton_kernel
     from fastinterp_kernels.variant_residual.triton_kernel import VariantTiling, variant_residual_triton
+
+    def run_case(case: Case, precision: str) -> Tensor:
+        with (
+            fitted_tilings(triton_kernel, row=len(case.resid), column=case.resid.shape[1]),
+            numpy.errstate(invalid="ignore"),  # the interpreter is numpy, to which inf * 0 is worth a warning
+        ):
+            return variant_residual(*case.to(device), backend="triton", precision=precision)
 
     def run(name: str) -> None:
         case = CASES[name]()
-        with numpy.errstate(invalid="ignore"):  # the interpreter is numpy, to which inf * 0 is worth a warning
-            check(case, variant_residual(*case.to(device), backend="triton", precision="exact"))
+        check(case, run_case(case, "exact"))
 
     def small_tiles() -> None:
         """Several programs along every axis, several launches, ragged in rows and columns, an ``out`` in slices."""
@@ -58,7 +68,7 @@ def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
     def precision(mode: str) -> None:
         low, high = PRECISIONS[mode]
         for case in (random_case(123), other_rows()):
-            found = variant_residual(*case.to(device), backend="triton", precision=mode)
+            found = run_case(case, mode)
             assert 5 * low <= largest_error(found, plain(case, torch.float64)) <= high
 
     def refusal() -> None:
