@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
 
+from fastinterp.analyses import budget
 from fastinterp.analyses.base import Field, collect, tokenized
 from fastinterp.analyses.direct_units import direct_values
 from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, check_edited, edited_positions
@@ -24,6 +25,8 @@ from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
+from fastinterp.sweep.costs import Demand
+from fastinterp.sweep.memory import SweepMemory, check_budget
 
 Mode = Literal["zero", "mean", "resample"]
 Effect = Literal["total", "direct", "both"]
@@ -47,6 +50,7 @@ def ablate(
     mean_over: MeanOver = "tokens",
     seed: int = 0,
     precision: Precision = "exact",
+    memory_bytes: int | None = None,
 ) -> xr.Dataset:
     """Returns the effect of ablating every unit, each independently of all others, and the clean metric.
 
@@ -78,19 +82,24 @@ def ablate(
         precision: how the sweep's matrix products are done: ``"exact"``; ``"delta"``, the difference from the clean
             run in bfloat16 products, close to exact effects at the speed of tensor cores; or ``"tf32"`` and ``"bf16"``,
             all products rounded. Direct effects are exact always.
+        memory_bytes: what the run may allocate beyond the model's weights and the returned arrays. Tokens of a batch,
+            variants of a group, and how many of them take a step or are measured together, follow from it.
 
     Returns:
         ``{metric}_{mode}_{effect}`` (prompt, (pos), (edit_pos), units' dims) and ``{metric}_clean`` (prompt, (pos)).
-        The units' dims are ``layer, head``; ``layer``; ``layer, neuron``; or ``unit`` for a list.
+        The units' dims are ``layer, head``; ``layer``; ``layer, neuron``; or ``unit`` for a list. The attribute
+        ``sweep_plan`` says, as JSON, how many tokens a batch and how many variants a group has, and the estimate of
+        the bytes that are allocated at most.
 
     Raises:
         AnswerTokenError: prompts without the answers that the metric needs (``MetricError`` if tokenised already).
         SiteRangeError: a head, layer, neuron or position that there is not.
-        OptionError: units, modes, metrics and options that do not exist or do not go together.
+        OptionError: units, modes, metrics and options that do not exist or do not go together; ``memory_bytes`` that
+            are not enough for the longest prompt (before the model runs).
         PromptError: ``resample`` without a corrupt prompt of the same length.
 
-    Memory: one residual stream per variant of a batch (at most 1 GiB, else the units go in groups; twice that where
-    the metric is read at every token); no logits.
+    Memory: at most ``memory_bytes``. Without it one residual stream per variant of a batch (at most 1 GiB, else the
+    units go in groups; twice that where the metric is read at every token); no logits.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:
@@ -101,13 +110,13 @@ def ablate(
     names = (metric,) if isinstance(metric, str) else tuple(metric)
     analysis = Ablation(
         units=units, modes=modes, metric_names=names, pos=pos, effect=effect, mean_over=mean_over, seed=seed,
-        precision=precision,
+        precision=precision, memory_bytes=memory_bytes,
     )  # fmt: skip
     choose_units(model.spec, units)
     tokens = tokenized(model, prompts, analysis.metric)
     known = None if reference is None else tokenized(model, reference, get_metric("loss"))
     prepared, tokens = analysis.prepared(model, tokens, known)
-    return collect(prepared, model, tokens)
+    return budget.with_plan(collect(prepared, model, tokens), prepared.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +131,8 @@ class Ablation:
     mean_over: MeanOver = "tokens"
     seed: int = 0
     precision: Precision = "exact"
+    memory_bytes: int | None = None
+    batches: budget.BatchPlan | None = field(default=None, repr=False, compare=False)
     means: Means | None = field(default=None, repr=False, compare=False)
     n_prompts: int = field(default=0, repr=False, compare=False)
 
@@ -139,6 +150,7 @@ class Ablation:
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
         check_choice("precision", self.precision, PRECISIONS)
         check_edit_pos(self.pos)
+        check_budget(self.memory_bytes)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -161,11 +173,46 @@ class Ablation:
         if "mean" in self.modes and self.mean_over == "pos":
             check_reference(known, prompts.max_len)
         sourced = with_source(prompts, self.seed) if "resample" in self.modes else prompts
-        found = dataclasses.replace(self, n_prompts=len(prompts))
+        found = dataclasses.replace(self.planned(model, prompts, known), n_prompts=len(prompts))
         if "mean" in self.modes:
-            means = mean_activations(model, known, choose_units(model.spec, self.units).sites, self.mean_over)
-            found = dataclasses.replace(found, means=means)
+            n_tokens = self._costs(model, budget.n_targets(prompts), known.max_len).mean_tokens(self.memory_bytes)
+            sites = choose_units(model.spec, self.units).sites
+            found = dataclasses.replace(found, means=mean_activations(model, known, sites, self.mean_over, n_tokens))
         return found, sourced
+
+    def planned(self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None) -> "Ablation":
+        """Returns the analysis with its batches chosen; raises :class:`OptionError` where memory is not enough."""
+        known = prompts if reference is None else reference
+        costs = self._costs(model, budget.n_targets(prompts), known.max_len)
+        usual = dataclasses.replace(self, batches=None).tokens_per_batch(model)
+        return dataclasses.replace(self, batches=budget.plan_batches(costs, prompts, self.memory_bytes, usual))
+
+    def _costs(self, model: Model, n_targets: int, mean_pos: int) -> budget.Costs:
+        chosen = choose_units(model.spec, self.units)
+        each = self.pos == "each"
+        demand = None
+        if "total" in self.effects:
+            demand = Demand(
+                n_units=len(chosen.units) * len(self.modes),
+                sites=frozenset(chosen.sites),
+                measured=budget.measured_by(self.metrics, n_targets),
+                pos_axes=int(each),
+                width=-self.pos if isinstance(self.pos, int) and self.pos < 0 else None,
+                partial=self.pos != "all",
+                several=any(len(unit) > 1 for unit in chosen.units),
+                source="resample" in self.modes,
+                precision=self.precision,
+            )
+        direct = None
+        if "direct" in self.effects:
+            heads = chosen.single_heads is not None
+            direct = budget.direct_cost(
+                model, chosen.sites, len(chosen.units), self.modes, self.metrics, heads=heads, n_targets=n_targets,
+                each=each,
+            )  # fmt: skip
+        by_pos, sites = self.mean_over == "pos", chosen.sites
+        mean = budget.MeanCost(widths=budget.widths_of(model), sites=sites, n_pos=mean_pos, by_pos=by_pos)
+        return budget.Costs(model=model, demand=demand, direct=direct, mean=mean if "mean" in self.modes else None)
 
     @property
     def effects(self) -> tuple[Literal["total", "direct"], ...]:
@@ -174,6 +221,8 @@ class Ablation:
 
     def tokens_per_batch(self, model: Model) -> int:
         """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product."""
+        if self.batches is not None:
+            return self.batches.batch_tokens
         spec = model.spec
         if self.effect == "direct":
             return 1 << 12 if model.device.type == "cpu" else 1 << 14
@@ -243,8 +292,11 @@ class Ablation:
         wheres = self._wheres(batch)
         dtype = torch.promote_types(model.dtype, torch.float32)
         found: dict[str, Tensor] = {}
+        mean_pos = max((len(mean) for mean in (self.means or {}).values()), default=0)
+        costs, shape = self._costs(model, budget.batch_targets(batch), mean_pos), budget.shape_of(batch)
         if "total" in self.effects:
-            clean, total = self._total(model, batch, chosen, wheres)
+            memory = None if self.memory_bytes is None else costs.memory(shape, self.memory_bytes)
+            clean, total = self._total(model, batch, chosen, wheres, memory)
             for (name, mode), effects in total.items():
                 found[f"{name}_{mode}_total"] = self._laid_out(effects, chosen, batch).to(dtype)
         else:
@@ -254,8 +306,9 @@ class Ablation:
             if self.precision in ("tf32", "bf16"):
                 # What direct effects are differences from is not rounded.
                 clean = clean_run(model, batch, self.metrics)
+            residual_bytes = None if self.memory_bytes is None else costs.residual_bytes(shape, self.memory_bytes)
             for mode in self.modes:
-                ablated = direct_values(model, batch, chosen, mode, self.means, self.metrics)
+                ablated = direct_values(model, batch, chosen, mode, self.means, self.metrics, residual_bytes)
                 for name, values in ablated.items():
                     effects = values - clean.values[name]
                     spread = torch.stack([self._where_edited(effects, where, name, batch) for where in wheres])
@@ -270,7 +323,12 @@ class Ablation:
         return [(everywhere == p).expand_as(batch.tokens) for p in everywhere]
 
     def _total(
-        self, model: Model, batch: Batch, chosen: ChosenUnits, wheres: Sequence[Bool[Tensor, "batch pos"] | None]
+        self,
+        model: Model,
+        batch: Batch,
+        chosen: ChosenUnits,
+        wheres: Sequence[Bool[Tensor, "batch pos"] | None],
+        memory: SweepMemory | None,
     ) -> tuple[Clean, dict[tuple[str, Mode], Tensor]]:
         """The clean run, and effects ``[where, unit, batch, (pos)]`` of running the rest of the model again."""
         n_pos = batch.tokens.shape[1]
@@ -281,7 +339,9 @@ class Ablation:
             for unit in chosen.units
         ]
         source = batch.corrupt if "resample" in self.modes else None
-        clean, values = sweep_values(model, batch, self.metrics, variants, source, precision=self.precision)
+        clean, values = sweep_values(
+            model, batch, self.metrics, variants, source, precision=self.precision, memory=memory
+        )
         shape = (len(self.modes), len(wheres), len(chosen.units))
         effects = {name: (each - clean.values[name]).unflatten(0, shape) for name, each in values.items()}
         return clean, {

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fastinterp.analyses.base import Field, collect, head_coords, tokenized
+from fastinterp.analyses.budget import (
+    BatchPlan,
+    Costs,
+    batch_targets,
+    measured_by,
+    n_targets,
+    plan_batches,
+    shape_of,
+    with_plan,
+)
 from fastinterp.analyses.measuring import clean_run, measure, sweep_values
 from fastinterp.errors import MetricError, OptionError, PromptPairError, check_choice
 from fastinterp.metrics import Metric, get_metric
@@ -21,6 +31,8 @@ from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
+from fastinterp.sweep.costs import Demand
+from fastinterp.sweep.memory import check_budget
 
 By = Literal["layer", "position", "head", "head_position", "neuron", "head_query_key"]
 Direction = Literal["denoise", "noise"]
@@ -37,6 +49,7 @@ def activation_patch(
     direction: Direction = "denoise",
     metric: str | Sequence[str] = "logit_diff",
     precision: Precision = "exact",
+    memory_bytes: int | None = None,
 ) -> xr.Dataset:
     """Returns the effect of giving one activation of a run the value that it has in the other run of the pair.
 
@@ -63,13 +76,14 @@ def activation_patch(
             (``"head_position"``; of ``pattern`` that is the query's), one ``"neuron"`` (``post``), or one entry of a
             head's pattern (``"head_query_key"``).
         metric: any metric that is read at the last token, or several, which share the sweep.
-        precision: how matrix products are done, as in :func:`ablate`.
+        precision, memory_bytes: how matrix products are done, and what may be allocated, as in :func:`ablate`.
 
     Returns:
         ``{metric}_patch_{site}`` (prompt, dims), where dims are ``layer``; ``edit_pos, layer``; ``layer, head`` (for
         ``k`` and ``v``: ``layer, kv_head``); ``edit_pos, layer, head``; ``layer, neuron``; or
         ``query_pos, key_pos, layer, head``. ``{metric}_base`` and ``{metric}_source``: both runs as they are;
-        ``effect / (source - base)`` is the share that the patch recovers.
+        ``effect / (source - base)`` is the share that the patch recovers. The attribute ``sweep_plan``: as in
+        :func:`ablate`.
 
     Raises:
         PromptPairError: prompts without corrupt ones of the same length.
@@ -90,10 +104,11 @@ def activation_patch(
         direction=direction,
         metric_names=(metric,) if isinstance(metric, str) else tuple(metric),
         precision=precision,
+        memory_bytes=memory_bytes,
     )
     analysis.check_fits(model.spec)
     prepared, tokens = analysis.prepared(model, tokenized(model, prompts, analysis.metric))
-    return collect(prepared, model, tokens)
+    return with_plan(collect(prepared, model, tokens), prepared.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +120,15 @@ class ActivationPatch:
     direction: Direction = "denoise"
     metric_names: tuple[str, ...] = ("logit_diff",)
     precision: Precision = "exact"
+    memory_bytes: int | None = None
+    batches: BatchPlan | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuses sites, ways, directions and metrics that there are not or that do not go together."""
         check_choice("by", self.by, ("layer", "position", "head", "head_position", "neuron", "head_query_key"))
         check_choice("direction", self.direction, ("denoise", "noise"))
         check_choice("precision", self.precision, PRECISIONS)
+        check_budget(self.memory_bytes)
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise OptionError(f"sites={self.sites!r}: give one of {', '.join(SITES)}, or several different ones")
         fitting = {
@@ -158,10 +176,32 @@ class ActivationPatch:
                 "patching needs a corrupt prompt for every prompt: PromptSet.of(prompts=..., corrupt=...), of the same "
                 "number of tokens"
             )
-        return self, prompts
+        return self.planned(model, prompts), prompts
+
+    def planned(self, model: Model, prompts: TokenizedPrompts) -> "ActivationPatch":
+        """Returns the analysis with its batches chosen; raises :class:`OptionError` where memory is not enough."""
+        costs = self._costs(model, n_targets(prompts))
+        usual = dataclasses.replace(self, batches=None).tokens_per_batch(model)
+        return dataclasses.replace(self, batches=plan_batches(costs, prompts, self.memory_bytes, usual))
+
+    def _costs(self, model: Model, n_targets: int) -> Costs:
+        shapes = [self._dims(model.spec, site, 1)[1] for site in self.sites]
+        demand = Demand(
+            n_units=sum(torch.Size(shape).numel() for shape in shapes),
+            sites=frozenset(self.sites),
+            measured=measured_by(self.metrics, n_targets),
+            pos_axes=len(self._pos_dims),
+            partial=bool(self._pos_dims),
+            whole_sites=self.by in ("layer", "position"),
+            source=True,
+            precision=self.precision,
+        )
+        return Costs(model=model, demand=demand)
 
     def tokens_per_batch(self, model: Model) -> int:
         """As many tokens as keep the residuals of one position's patches within 256 MiB."""
+        if self.batches is not None:
+            return self.batches.batch_tokens
         spec = model.spec
         per_layer = {"neuron": spec.mlp.d_mlp}.get(self.by, spec.n_heads if "head" in self.by else 1)
         each = len(self.sites) * spec.n_layers * per_layer * spec.d_model * model.weights.W_E.element_size()
@@ -246,7 +286,12 @@ class ActivationPatch:
             made, shape = self._variants(model.spec, site, base)
             variants += made
             shapes.append(shape)
-        start, values = sweep_values(model, base, self.metrics, variants, source.tokens, precision=self.precision)
+        memory = None
+        if self.memory_bytes is not None:
+            memory = self._costs(model, batch_targets(batch)).memory(shape_of(batch), self.memory_bytes)
+        start, values = sweep_values(
+            model, base, self.metrics, variants, source.tokens, precision=self.precision, memory=memory
+        )
         resid = clean_run(model, source, self.metrics, self.precision).resid
         other = measure(model, source, self.metrics, resid[None], start.resid)
         dtype = torch.promote_types(model.dtype, torch.float32)

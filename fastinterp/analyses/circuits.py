@@ -11,6 +11,18 @@ from torch import Tensor
 
 from fastinterp.analyses.ablation import MODES, Mode, edit_of
 from fastinterp.analyses.base import Field, collect, tokenized
+from fastinterp.analyses.budget import (
+    BatchPlan,
+    Costs,
+    MeanCost,
+    batch_targets,
+    measured_by,
+    n_targets,
+    plan_batches,
+    shape_of,
+    widths_of,
+    with_plan,
+)
 from fastinterp.analyses.measuring import sweep_values
 from fastinterp.analyses.replacements import MeanOver, Means, check_means, mean_activations, with_source
 from fastinterp.analyses.units import Part, choose_units, every_part
@@ -20,6 +32,8 @@ from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
+from fastinterp.sweep.costs import Demand
+from fastinterp.sweep.memory import check_budget
 
 Among = Literal["heads", "mlps", "heads and mlps"]
 
@@ -35,6 +49,7 @@ def circuit(
     mean_over: MeanOver = "tokens",
     seed: int = 0,
     precision: Precision = "exact",
+    memory_bytes: int | None = None,
 ) -> xr.Dataset:
     """Returns the metric of sets of heads and MLPs with everything else ablated, and how faithful they are.
 
@@ -47,7 +62,7 @@ def circuit(
         mode: what stands in place of the rest; see :func:`ablate`.
         metric: any metric that is read at the last token.
         among: what is ablated unless it is kept.
-        reference, mean_over, seed, precision: as in :func:`ablate`.
+        reference, mean_over, seed, precision, memory_bytes: as in :func:`ablate`.
 
     Returns:
         ``{metric}_circuit`` (prompt, circuit), ``{metric}_clean`` and ``{metric}_nothing`` (prompt), and
@@ -73,12 +88,13 @@ def circuit(
         mean_over=mean_over,
         seed=seed,
         precision=precision,
+        memory_bytes=memory_bytes,
     )
     analysis.sets(model.spec)
     tokens = tokenized(model, prompts, analysis.metric)
     known = None if reference is None else tokenized(model, reference, get_metric("loss"))
     prepared, tokens = analysis.prepared(model, tokens, known)
-    found = collect(prepared, model, tokens)
+    found = with_plan(collect(prepared, model, tokens), prepared.batches)
     nothing, whole = found[f"{metric}_nothing"].mean("prompt"), found[f"{metric}_clean"].mean("prompt")
     share = (found[f"{metric}_circuit"].mean("prompt") - nothing) / (whole - nothing)
     share.attrs = {
@@ -100,6 +116,8 @@ class Circuit:
     mean_over: MeanOver = "tokens"
     seed: int = 0
     precision: Precision = "exact"
+    memory_bytes: int | None = None
+    batches: BatchPlan | None = field(default=None, repr=False, compare=False)
     means: Means | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +126,7 @@ class Circuit:
         check_choice("among", self.among, ("heads", "mlps", "heads and mlps"))
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
         check_choice("precision", self.precision, PRECISIONS)
+        check_budget(self.memory_bytes)
         if self.metric.per_token:
             raise MetricError(
                 f"metric {self.metric_name!r} has a value at every token: choose one that is read at the last, such as "
@@ -148,18 +167,44 @@ class Circuit:
         """Returns the analysis with its means, and the prompts with what to resample from."""
         check_precision(self.precision, model.dtype)
         self.sets(model.spec)
-        if self.mode == "resample":
-            return self, with_source(prompts, self.seed)
-        if self.mode == "zero":
-            return self, prompts
-        sites = {part.site: set(range(model.spec.n_layers)) for part in self.candidates(model.spec)}
-        means = mean_activations(model, prompts if reference is None else reference, sites, self.mean_over)
+        known = prompts if reference is None else reference
+        sourced = with_source(prompts, self.seed) if self.mode == "resample" else prompts
+        found = self.planned(model, prompts, known)
+        if self.mode != "mean":
+            return found, sourced
+        n_tokens = self._costs(model, n_targets(prompts), known.max_len).mean_tokens(self.memory_bytes)
+        means = mean_activations(model, known, self._sites(model.spec), self.mean_over, n_tokens)
         if self.mean_over == "pos":
             check_means(means, prompts.max_len)
-        return dataclasses.replace(self, means=means), prompts
+        return dataclasses.replace(found, means=means), prompts
+
+    def planned(self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None) -> "Circuit":
+        """Returns the analysis with its batches chosen; raises :class:`OptionError` where memory is not enough."""
+        known = prompts if reference is None else reference
+        costs = self._costs(model, n_targets(prompts), known.max_len)
+        usual = dataclasses.replace(self, batches=None).tokens_per_batch(model)
+        return dataclasses.replace(self, batches=plan_batches(costs, prompts, self.memory_bytes, usual))
+
+    def _sites(self, spec: ModelSpec) -> dict[str, set[int]]:
+        return {part.site: set(range(spec.n_layers)) for part in self.candidates(spec)}
+
+    def _costs(self, model: Model, n_targets: int, mean_pos: int) -> Costs:
+        sites, widths = self._sites(model.spec), widths_of(model)
+        demand = Demand(
+            n_units=len(self.sets(model.spec)) + 1,
+            sites=frozenset(sites),
+            measured=measured_by([self.metric], n_targets),
+            several=True,
+            source=self.mode == "resample",
+            precision=self.precision,
+        )
+        mean = MeanCost(widths=widths, sites=sites, n_pos=mean_pos, by_pos=self.mean_over == "pos")
+        return Costs(model=model, demand=demand, mean=mean if self.mode == "mean" else None)
 
     def tokens_per_batch(self, model: Model) -> int:
         """As many tokens as keep all sets' residuals within 256 MiB."""
+        if self.batches is not None:
+            return self.batches.batch_tokens
         each = (len(self.keep) + 1) * model.spec.d_model * model.weights.W_E.element_size()
         budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
         return max(256, min(4096, budget // each))
@@ -207,7 +252,13 @@ class Circuit:
             for _, parts in edited
         ]
         source = batch.corrupt if self.mode == "resample" else None
-        clean, values = sweep_values(model, batch, [self.metric], variants, source, precision=self.precision)
+        mean_pos = max((len(mean) for mean in (self.means or {}).values()), default=0)
+        memory = None
+        if self.memory_bytes is not None:
+            memory = self._costs(model, batch_targets(batch), mean_pos).memory(shape_of(batch), self.memory_bytes)
+        clean, values = sweep_values(
+            model, batch, [self.metric], variants, source, precision=self.precision, memory=memory
+        )
         out = clean.values[name].expand(len(sets), -1).clone()
         out[[i for i, _ in edited]] = values[name]
         return {

@@ -24,12 +24,18 @@ _RESIDUAL_BYTES = 1 << 25
 
 
 def direct_values(
-    model: Model, batch: Batch, chosen: ChosenUnits, mode: str, means: Means | None, metrics: Sequence[Metric]
+    model: Model,
+    batch: Batch,
+    chosen: ChosenUnits,
+    mode: str,
+    means: Means | None,
+    metrics: Sequence[Metric],
+    residual_bytes: int | None = None,
 ) -> dict[str, Float[Tensor, "unit batch *pos"]]:
     """Returns every metric with each unit's direct contribution replaced: ``[unit, batch]``, or with ``pos`` behind.
 
     The scales of the final norm and of post-norms are frozen at the clean run. Heads go through one pass over the
-    vocabulary for all of them; memory otherwise: 32 MB of edited residuals at a time.
+    vocabulary for all of them; memory otherwise: ``residual_bytes`` (32 MB) of edited residuals at a time.
     """
     found: dict[str, Tensor] = {}
     for per_token in (False, True):
@@ -37,10 +43,11 @@ def direct_values(
         if not some:
             continue
         rows = _Rows(model, batch, chosen, mode, means, every_position=per_token)
-        for name, values in rows.measured(some).items():
+        for name, values in rows.measured(some, _RESIDUAL_BYTES if residual_bytes is None else residual_bytes).items():
             # [row, unit]; padding is NaN.
             spread = rows.written.spread(values, batch, every_position=per_token)
             found[name] = spread.movedim(-1, 0)
+        del rows
     return {metric.name: found[metric.name] for metric in metrics}
 
 
@@ -68,12 +75,12 @@ class _Rows:
             captures.append(Capture(name="ln2_post_scale", layers=tuple(sorted(sites["post"]))))
         return captures
 
-    def measured(self, metrics: Sequence[Metric]) -> dict[str, Float[Tensor, "row unit"]]:
+    def measured(self, metrics: Sequence[Metric], residual_bytes: int) -> dict[str, Float[Tensor, "row unit"]]:
         heads = self.chosen.single_heads
         if heads is not None:
             return {metric.name: self._heads(metric, heads) for metric in metrics}
         n_rows, d_model = self.written.x.shape
-        step = max(1, _RESIDUAL_BYTES // max(1, n_rows * d_model * self.written.x.element_size()))
+        step = max(1, residual_bytes // max(1, n_rows * d_model * self.written.x.element_size()))
         units = self.chosen.units
         found: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
         for first in range(0, len(units), step):

@@ -14,9 +14,7 @@ from fastinterp.model.model import Model
 from fastinterp.model.norms import apply_affine, center, divide, norm_scale, normalize
 from fastinterp.prompts import Batch
 from fastinterp.sweep import Precision, Swept, Variant, clean_weights, sweep
-
-# Variants that are measured together.
-SLICE = 16
+from fastinterp.sweep.memory import SLICE_VARIANTS, SweepMemory
 
 
 def per_token(metrics: Sequence[Metric]) -> bool:
@@ -106,6 +104,7 @@ def sweep_values(
     source: Int[Tensor, "batch pos"] | None = None,
     *,
     precision: Precision = "exact",
+    memory: SweepMemory | None = None,
 ) -> tuple[Clean, dict[str, Float[Tensor, "variant batch *pos"]]]:
     """Runs variants of a batch, and returns the clean run and every variant's metrics."""
     clean: Clean | None = None
@@ -114,19 +113,29 @@ def sweep_values(
     for swept in sweep(
         model, batch.tokens, variants,
         n_tokens=batch.n_tokens, at=at, source=source, clean_first=True, precision=precision,
+        memory=memory,
     ):  # fmt: skip
         if clean is None:
             clean = measured_clean(model, batch, metrics, swept.resid[0])
             out = {name: value.new_empty(len(variants), *value.shape) for name, value in clean.values.items()}
+            del swept
             continue
-        for name, values in measure_swept(model, batch, metrics, swept, clean).items():
+        slice_variants = SLICE_VARIANTS if memory is None else memory.slice_variants
+        for name, values in measure_swept(model, batch, metrics, swept, clean, slice_variants).items():
             out[name][swept.indices] = values
+        # Not while the next group goes through the model.
+        del swept
     assert clean is not None
     return clean, out
 
 
 def measure_swept(
-    model: Model, batch: Batch, metrics: Sequence[Metric], swept: Swept, clean: Clean
+    model: Model,
+    batch: Batch,
+    metrics: Sequence[Metric],
+    swept: Swept,
+    clean: Clean,
+    slice_variants: int = SLICE_VARIANTS,
 ) -> dict[str, Float[Tensor, "variant batch ..."]]:
     """Returns metrics of a group of variants, ``[variant, batch]`` or, those with a value per token, with ``pos``.
 
@@ -134,7 +143,7 @@ def measure_swept(
     """
     found: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     # In slices, so that normalised copies do not double the residuals' memory.
-    for resid in swept.resid.split(SLICE):
+    for resid in swept.resid.split(slice_variants):
         if swept.start is None or not per_token(metrics):
             values = measure(model, batch, metrics, resid, clean.resid)
         else:

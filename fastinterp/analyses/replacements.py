@@ -23,19 +23,23 @@ _MEAN_TOKENS = 4096
 
 @torch.no_grad()
 def mean_activations(
-    model: Model, prompts: TokenizedPrompts, sites: Mapping[str, set[int]], over: MeanOver = "tokens"
+    model: Model,
+    prompts: TokenizedPrompts,
+    sites: Mapping[str, set[int]],
+    over: MeanOver = "tokens",
+    batch_tokens: int | None = None,
 ) -> Means:
     """Returns the mean of activations over all real tokens, or over those at each position, of a reference set.
 
     ``{(site, layer): [..]}`` without the axes ``batch`` and ``pos``, or ``[pos, ..]``; NaN where no prompt of the set
     has that position. In at least float32. Batches are combined by Welford's update in float64, so that the mean keeps
-    its precision over any number of tokens. Memory: the activations of one batch of 4096 tokens.
+    its precision over any number of tokens. Memory: the activations of one batch of ``batch_tokens`` (4096).
     """
     spec = model.spec
     captures = [Capture(name=site, layers=tuple(sorted(layers))) for site, layers in sorted(sites.items())]
     means: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], Tensor] = {}
-    for batch in prompts.batches(_MEAN_TOKENS):
+    for batch in prompts.batches(_MEAN_TOKENS if batch_tokens is None else batch_tokens):
         batch = batch.to(model.device)
         taps = Taps.of(spec.n_layers, capture=captures)
         forward(spec, model.weights, batch.tokens, taps=taps)
@@ -55,6 +59,8 @@ def mean_activations(
             share = [1] * (total.ndim - 1)
             present = n_new.view(-1, *share).double()
             mean += (total - present * mean) / count.clamp(min=1).view(-1, *share)
+        # Not while the next batch goes through the model.
+        del taps, value, wide, total
     wide_dtype = torch.promote_types(model.dtype, torch.float32)
     found = {}
     for key, mean in means.items():

@@ -7,20 +7,18 @@ attention uses inside of itself on a CPU.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fastinterp.model.prefix import POSITIONS_MULTIPLE
-from fastinterp.model.spec import ModelSpec
-from fastinterp.names import activation
 from fastinterp.sweep.precision import Precision
 from fastinterp.sweep.variants import ATTENTION
+from fastinterp.sweep.widths import Widths
 
-_TILE_BYTES = 1 << 20  # of logits, in the kernels on a CPU
 _SMALL = 1 << 15  # index tensors, scales, means of rows
 _DEVICE_BYTES = 1 << 27  # the kernels' buffers and the library's workspace on a GPU
-_PRODUCT_BYTES = 1 << 22  # a block of rounded operands
 
 
+@runtime_checkable
 class Parts(Protocol):
     """How large the parts of a sweep are, see :class:`~fastinterp.sweep.memory.SweepMemory`."""
 
@@ -60,9 +58,8 @@ class Demand:
     """What is asked of a sweep, whatever the batch.
 
     ``n_units`` variants for every choice of ``pos_axes`` edited positions. ``width``: they change the last so many
-    positions of every prompt alone (None: any). ``sites``: what is edited; ``whole_sites``: all heads of it at once.
-    ``several``: a variant has several edits. ``source``: values come from a second run. ``n_values``: arrays of
-    ``[variant, batch, (pos)]`` that are held at once.
+    positions of every prompt alone (None: any); ``partial``: some positions alone. ``sites``: what is edited;
+    ``whole_sites``: all heads of it at once; ``several``: in several places. ``source``: values come from a second run.
     """
 
     n_units: int
@@ -70,6 +67,7 @@ class Demand:
     measured: Measured
     pos_axes: int = 0
     width: int | None = None
+    partial: bool = False
     whole_sites: bool = False
     several: bool = False
     source: bool = False
@@ -88,145 +86,6 @@ class Demand:
     def patterns(self) -> bool:
         """Whether attention scores are formed for an edit."""
         return bool(self.sites & {"pattern", "attn_scores"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Widths:
-    """Sizes of a model's activations in bytes: of one token, or of one token and key."""
-
-    spec: ModelSpec
-    itemsize: int
-    device_type: str = "cpu"
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number in at least float32."""
-        return max(4, self.itemsize)
-
-    @cached_property
-    def d(self) -> int:
-        """The residual."""
-        return self.spec.d_model * self.itemsize
-
-    @cached_property
-    def z(self) -> int:
-        """All heads' mixed values."""
-        return self.spec.n_heads * self.spec.d_head * self.itemsize
-
-    @cached_property
-    def kv(self) -> int:
-        """All heads' keys."""
-        return self.spec.attention.n_kv_heads * self.spec.d_head * self.itemsize
-
-    @cached_property
-    def qkv(self) -> int:
-        """Queries, keys and values."""
-        return self.z + 2 * self.kv
-
-    @cached_property
-    def post(self) -> int:
-        """The MLP's hidden layer."""
-        return self.spec.mlp.d_mlp * self.itemsize
-
-    @cached_property
-    def hidden(self) -> int:
-        """What the MLP's first product gives."""
-        return self.post * (2 if self.spec.mlp.kind == "gated" else 1)
-
-    @cached_property
-    def scores(self) -> int:
-        """All heads' scores with one key."""
-        return self.spec.n_heads * self.itemsize
-
-    @cached_property
-    def rope(self) -> int:
-        """Rotary tables: cosine and sine, with the angles that they are made from."""
-        each = {rope: rope.dims * (self.itemsize + 4) for rope in self.spec.position.rope}
-        return sum(each.values())
-
-    def site(self, name: str) -> int:
-        """An activation that has one value per token."""
-        widths = {"d_model": self.d, "d_mlp": self.post}
-        dims = activation(name).dims
-        if "query_pos" in dims:
-            return 0
-        heads = {"head": self.z, "kv_head": self.kv}
-        return next((heads[dim] for dim in dims if dim in heads), widths.get(dims[-1], self.d))
-
-    @cached_property
-    def norm(self) -> int:
-        """What a norm makes: its value, and copies on the way."""
-        if self.spec.norm.kind == "layer":
-            return self.d
-        upcast = 2 * self.spec.d_model * self.wide if self.itemsize < 4 else 0
-        return 2 * self.d + upcast
-
-    @property
-    def formed(self) -> bool:
-        """Whether attention forms its scores in any case."""
-        # No fused attention of float32 on a GPU has groups of queries.
-        grouped = self.device_type == "cuda" and self.itemsize >= 4 and self.spec.attention.group > 1
-        return self.spec.attention.softcap is not None or grouped
-
-    def attention(self, tokens: int, slots: int, n_keys: int, *, formed: bool) -> int:
-        """From the residual to ``z`` spread over the slots, for all heads."""
-        turned = self._turned
-        mixed = self.qkv + 2 * self.z
-        scores = 4 * self.scores * n_keys if formed else 0
-        windowed = any(w is not None and w < n_keys for w in self.spec.attention.window)
-        bias = n_keys * n_keys * self.itemsize if windowed else 0
-        before = tokens * (self.norm + self.qkv + turned) + (tokens * 3 * self.z if turned else 0)
-        mixing = tokens * (self.qkv + turned) + slots * (mixed + scores) + bias
-        return max(before, mixing)
-
-    @property
-    def _turned(self) -> int:
-        attention, rotary = self.spec.attention, self.spec.position.kind == "rotary"
-        return self.z + self.kv if rotary or attention.qk_norm else 0
-
-    def mlp(self, tokens: int) -> int:
-        """From ``resid_mid`` to ``resid_post``, beside what is kept of the attention."""
-        written = 2 * self.d + (self.norm if self.spec.post_norms else 0)
-        acted = self.post * (3 if self.spec.mlp.activation == "gelu_quick" else 2)
-        return tokens * (self.norm + self.hidden + max(acted, written + self.post))
-
-    def block(self, tokens: int, slots: int, n_keys: int, *, formed: bool = False) -> int:
-        """A whole block of ``tokens`` packed tokens that attention spreads over ``slots``."""
-        kept = tokens * (self.qkv + self._turned + self.z + 2 * self.d)
-        kept += tokens * self.norm if self.spec.post_norms else 0
-        return max(self.attention(tokens, slots, n_keys, formed=formed), kept + self.mlp(tokens))
-
-    def ends(self, rows: int, slots: int, scores: int) -> int:
-        """A block of prompts' ends, whose attention forms scores of ``scores`` bytes; keys are spread for it."""
-        attention = rows * (self.qkv + self._turned + self.qkv + 5 * self.z) + 4 * scores
-        kept = rows * (self.qkv + self._turned + self.z + 2 * self.d)
-        kept += rows * self.norm if self.spec.post_norms else 0
-        return 2 * slots * self.kv + max(rows * self.norm + attention, kept + self.mlp(rows))
-
-    def products(self, rows: int, precision: Precision) -> int:
-        """Rounded operands of one product."""
-        if precision == "exact":
-            return 0
-        n_in = max(self.d, self.z, self.post) // self.itemsize * 4
-        n_out = max(self.d, self.qkv, self.hidden) // self.itemsize
-        if self.device_type != "cpu":
-            return 2 * rows * n_in + 2 * n_in * n_out
-        some_rows = min(rows, max(256, _PRODUCT_BYTES // n_in))
-        columns = min(n_out, max(64, _PRODUCT_BYTES // n_in))
-        return 4 * some_rows * n_in + 3 * columns * n_in
-
-    @property
-    def recorded(self) -> int:
-        """What goes into the products of a block, and comes out."""
-        return 3 * self.d + self.qkv + self.z + self.hidden + self.post
-
-    def tile(self, rows: int, *, buffers: int = 1) -> int:
-        """Tiles of logits of some rows, and the part of the unembedding that is copied to another dtype."""
-        if self.device_type != "cpu":
-            return 0
-        logits = min(_TILE_BYTES * max(1, self.wide // 4), min(rows, 512) * min(self.spec.d_vocab, 2048) * self.wide)
-        copied = min(self.spec.d_vocab, 2048) * self.spec.d_model * 4 if self.itemsize < 4 else 0
-        return 2 * buffers * logits + copied + rows * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +127,7 @@ class Cost:
         if demand.width is not None:
             return min(n_pos, demand.width)
         # Of every position by itself, three quarters of a prompt at most, else all of it.
-        return n_pos if demand.pos_axes else None
+        return n_pos if demand.pos_axes or demand.partial else None
 
     @cached_property
     def whole(self) -> bool:
@@ -287,9 +146,10 @@ class Cost:
         """Scores of the ends of one variant."""
         if self.ends is None:
             return 0
-        n_keys = min(self.shape.padded + self.ends, 2 * self.shape.n_pos)
-        if self.demand.width is None:
-            n_keys = self.shape.n_pos
+        n_keys = self.shape.n_pos
+        if self.demand.width is None and not self.demand.pos_axes:
+            # Prompts that begin to differ at positions of their own.
+            n_keys *= 2
         return self.shape.n_prompts * self.ends * n_keys * self.widths.scores
 
     def peak(self, plan: Parts) -> int:
@@ -302,7 +162,12 @@ class Cost:
         measuring = max(read, reading) + self._measured(plan.slice_variants)
         fixed = _SMALL + (_DEVICE_BYTES if self.widths.device_type != "cpu" else 0)
         at_once = max(passing + (0 if self.demand.every_position else reading), measuring)
-        return fixed + max(lasting + at_once, self._lasting() + self._values(self._copies()))
+        return fixed + max(lasting + at_once, self.results)
+
+    @property
+    def results(self) -> int:
+        """What is alive while effects are made of all metrics."""
+        return self._lasting() + self._values(4)
 
     def _lasting(self) -> int:
         """The batch, its tree and masks, both runs' residuals."""
@@ -322,9 +187,6 @@ class Cost:
         rows = min(stacks * self.shape.n_prompts * self.ends, residuals // self.widths.d)
         masks = self.shape.padded**2 * (1 + len(set(self.widths.spec.attention.window)))
         return rows * (4 * 8 + self.widths.rope) + min(stacks, max(1, residuals // self.widths.d)) * masks
-
-    def _copies(self) -> int:
-        return 4
 
     def _values(self, copies: int) -> int:
         """Metrics of all variants."""

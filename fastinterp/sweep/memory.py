@@ -8,7 +8,8 @@ source run, the entrance of one variant and a slice that is measured need beside
 from dataclasses import dataclass, replace
 
 from fastinterp.errors import OptionError
-from fastinterp.sweep.costs import BatchShape, Cost, Demand, Widths
+from fastinterp.sweep.costs import BatchShape, Cost, Demand
+from fastinterp.sweep.widths import Widths
 
 RESIDUAL_BYTES = 1 << 30
 SLICE_VARIANTS = 16
