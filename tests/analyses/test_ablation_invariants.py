@@ -45,7 +45,7 @@ def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
     model = zoo.model("gemma2-softcaps")
     options = EVERYTHING | dict(units=given(kind, model.spec)[0], pos=pos, reference=REFERENCE_SET, mean_over="pos")
     whole = values(ablate(model, SET, **options))
-    monkeypatch.setattr(measuring, "SLICE", 2)
+    monkeypatch.setattr(measuring, "SLICE_VARIANTS", 2)
     monkeypatch.setattr(replacements, "_MEAN_TOKENS", 5)
     monkeypatch.setattr("fastinterp.analyses.direct_units._RESIDUAL_BYTES", 1)
     monkeypatch.setattr(ablation.Ablation, "tokens_per_batch", lambda self, model: 12)

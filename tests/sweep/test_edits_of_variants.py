@@ -7,7 +7,7 @@ import torch
 
 from fastinterp.errors import OptionError, SiteRangeError
 from fastinterp.model import Edit, Taps, forward
-from fastinterp.sweep import Variant, run_variants, sweep
+from fastinterp.sweep import Variant, run_variants, runner, sweep
 from fastinterp.sweep import stack as stacks
 
 EXACT = 1e-9
@@ -196,14 +196,14 @@ def test_a_step_may_hold_few_scores(model, tokens, n_tokens, monkeypatch):
     variants = [Variant(edits=(Edit(site="z", layer=0, head=0, replacement=float(i), positions=positions),))
                 for i in range(4)]  # fmt: skip
     whole = swept(model, tokens, variants, n_tokens=n_tokens)
-    monkeypatch.setattr(stacks, "_SCORE_BYTES", 1)
+    monkeypatch.setattr(runner, "score_bytes", lambda device: 1)
     stepped = swept(model, tokens, variants, n_tokens=n_tokens)
     real = torch.arange(tokens.shape[1]) < n_tokens[:, None]
     assert float((whole - stepped)[:, real].abs().max()) < EXACT
 
 
 def test_running_out_of_memory_halves_the_group(zoo, tokens, n_tokens, monkeypatch):
-    from fastinterp.sweep import head_variants, runner
+    from fastinterp.sweep import head_variants
 
     model = zoo.model("llama-gqa", dtype=torch.float64)
     variants = head_variants(model.spec)
