@@ -75,7 +75,7 @@ class Demand:
 
     def n_variants(self, n_pos: int) -> int:
         """How many runs a batch of prompts of ``n_pos`` tokens has."""
-        return self.n_units * n_pos**self.pos_axes
+        return int(self.n_units * n_pos**self.pos_axes)
 
     @property
     def every_position(self) -> bool:
