@@ -64,7 +64,9 @@ def test_every_tool_of_transformer_lens(zoo, tiny_name, pairs, site, by):
     found = activation_patch(model, pairs, site, by=by)
     axes = ("layer", "head", "edit_pos") if (site, by) == ("pattern", "head_position") else AXES[by]
     largest = 0.0
-    for row, (prompt, corrupt) in enumerate(zip(pairs.prompts, pairs.corrupt, strict=True)):
+    # Of the pairs, of which all but the last are padded, two; of as many runs as pairs of positions the shorter two.
+    for row in (0, 1) if by == "head_query_key" else (0, 2):
+        prompt, corrupt = pairs.prompts[row], pairs.corrupt[row]
         answer, wrong = pairs.answer[row], pairs.wrong[row]
 
         def metric(logits, answer=answer, wrong=wrong):
@@ -88,12 +90,19 @@ def test_every_tool_of_transformer_lens(zoo, tiny_name, pairs, site, by):
     assert largest > 1e-2
 
 
-def literal(model, base, source, edit):
-    """Logits of the last token of one pair with one patch."""
-    taps = Taps.of(model.spec.n_layers, capture=[edit.site])
+def captured(model, source, sites):
+    """Values of sites in a run of one prompt, by site and layer."""
+    taps = Taps.of(model.spec.n_layers, capture=sites)
     with torch.no_grad():
         forward(model.spec, model.weights, torch.tensor([source]), taps=taps)
-        edit = edit.sourced(taps.values[edit.site, edit.layer])
+    return taps.values
+
+
+def literal(model, base, source, edit, values=None):
+    """Logits of the last token of one pair with one patch; ``values`` are those of the source run, if known."""
+    values = captured(model, source, [edit.site]) if values is None else values
+    with torch.no_grad():
+        edit = edit.sourced(values[edit.site, edit.layer])
         taps = Taps.of(model.spec.n_layers, edits=[edit])
         resid = forward(model.spec, model.weights, torch.tensor([base]), taps=taps)
         return final_logits(model.spec, model.weights, resid)[0, -1]
@@ -127,19 +136,26 @@ def test_every_family_site_and_way(zoo, name, pairs, direction):
     ]
     ways += [("head_position", ["z", "k", "pattern"]), ("head", ["pattern"]), ("layer", ["post", "pattern"])]
     generator = torch.Generator().manual_seed(0)
+    base_prompts, sources = pairs.corrupt, pairs.prompts
+    if direction == "noise":
+        base_prompts, sources = sources, base_prompts
+    every_site = sorted({site for _, sites in ways for site in sites})
+    values = [captured(model, source, every_site) for source in sources]
+    # Patched with its own values, a prompt is as it is.
+    own = Edit(site="resid_post", layer=0, replacement="source")
+    clean_logits = [literal(model, base, base, own) for base in base_prompts]
     for by, sites in ways:
         found = activation_patch(model, pairs, sites, by=by, direction=direction, metric=METRICS)
         for site, row in itertools.product(sites, range(len(pairs.prompts))):
-            clean, corrupt = pairs.prompts[row], pairs.corrupt[row]
-            base, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+            base, source, before = base_prompts[row], sources[row], clean_logits[row]
             data = found[f"logit_diff_patch_{site}"]
             head_dim = next((dim for dim in data.dims if dim.endswith("head")), None)
             layer = int(torch.randint(spec.n_layers, (), generator=generator))
             head = None if head_dim is None else int(torch.randint(data.sizes[head_dim], (), generator=generator))
-            at = None if "edit_pos" not in data.dims else int(torch.randint(len(clean), (), generator=generator))
-            positions = None if at is None else (torch.arange(len(clean)) == at)[None]
+            at = None if "edit_pos" not in data.dims else int(torch.randint(len(base), (), generator=generator))
+            positions = None if at is None else (torch.arange(len(base)) == at)[None]
             edit = Edit(site=site, layer=layer, head=head, positions=positions, replacement="source")
-            patched, before = literal(model, base, source, edit), literal(model, base, base, edit)
+            patched = literal(model, base, source, edit, values[row])
             chosen = {"prompt": row, "layer": layer}
             chosen |= {} if head is None else {head_dim: head}
             chosen |= {} if at is None else {"edit_pos": at}
