@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests import shape_checks
 from tests.tiny_models import (
     DEFAULTS,
     FAMILY_MODELS,
@@ -25,6 +26,12 @@ from tests.tiny_models import (
 )
 
 torch.set_num_threads(1)
+shape_checks.install()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    shape_checks.begin_test()
+
 
 CORPUS = [
     "When John and Mary went to the shops, John gave the bag to Mary",
