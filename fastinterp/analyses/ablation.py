@@ -175,7 +175,9 @@ class Ablation:
         sourced = with_source(prompts, self.seed) if "resample" in self.modes else prompts
         found = dataclasses.replace(self.planned(model, prompts, known), n_prompts=len(prompts))
         if "mean" in self.modes:
-            n_tokens = self._costs(model, budget.n_targets(prompts), known.max_len).mean_tokens(self.memory_bytes)
+            n_tokens = self._costs(model, budget.n_targets(prompts), known.max_len, len(known)).mean_tokens(
+                self.memory_bytes
+            )
             sites = choose_units(model.spec, self.units).sites
             found = dataclasses.replace(found, means=mean_activations(model, known, sites, self.mean_over, n_tokens))
         return found, sourced
@@ -183,11 +185,11 @@ class Ablation:
     def planned(self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None) -> "Ablation":
         """Returns the analysis with its batches chosen; raises :class:`OptionError` where memory is not enough."""
         known = prompts if reference is None else reference
-        costs = self._costs(model, budget.n_targets(prompts), known.max_len)
+        costs = self._costs(model, budget.n_targets(prompts), known.max_len, len(known))
         usual = dataclasses.replace(self, batches=None).tokens_per_batch(model)
         return dataclasses.replace(self, batches=budget.plan_batches(costs, prompts, self.memory_bytes, usual))
 
-    def _costs(self, model: Model, n_targets: int, mean_pos: int) -> budget.Costs:
+    def _costs(self, model: Model, n_targets: int, mean_pos: int, mean_prompts: int = 1) -> budget.Costs:
         chosen = choose_units(model.spec, self.units)
         each = self.pos == "each"
         demand = None
@@ -211,7 +213,13 @@ class Ablation:
                 each=each,
             )  # fmt: skip
         by_pos, sites = self.mean_over == "pos", chosen.sites
-        mean = budget.MeanCost(widths=budget.widths_of(model), sites=sites, n_pos=mean_pos, by_pos=by_pos)
+        mean = budget.MeanCost(
+            widths=budget.widths_of(model),
+            sites=sites,
+            n_pos=mean_pos,
+            n_prompts=mean_prompts,
+            by_pos=by_pos,
+        )
         return budget.Costs(model=model, demand=demand, direct=direct, mean=mean if "mean" in self.modes else None)
 
     @property

@@ -48,11 +48,12 @@ def widths_of(model: Model) -> Widths:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanCost:
-    """The bytes of a pass for means over a reference set, whose longest prompt has ``n_pos`` tokens."""
+    """The bytes of a pass for means over ``n_prompts`` prompts, of which the longest has ``n_pos`` tokens."""
 
     widths: Widths
     sites: Mapping[str, set[int]]
     n_pos: int
+    n_prompts: int
     by_pos: bool
 
     @property
@@ -63,7 +64,7 @@ class MeanCost:
 
     def peak(self, n_tokens: int) -> int:
         """A pass over batches of so many tokens, at least one prompt."""
-        n_tokens = max(n_tokens, self.n_pos)
+        n_tokens = max(min(n_tokens, self.n_prompts * self.n_pos), self.n_pos)
         captured = sum(len(layers) * self.widths.site(site) for site, layers in self.sites.items())
         widest = max(self.widths.site(site) for site in self.sites) // self.widths.itemsize
         block = self.widths.block(n_tokens, n_tokens, self.n_pos, formed=self.widths.formed)

@@ -172,7 +172,7 @@ class Circuit:
         found = self.planned(model, prompts, known)
         if self.mode != "mean":
             return found, sourced
-        n_tokens = self._costs(model, n_targets(prompts), known.max_len).mean_tokens(self.memory_bytes)
+        n_tokens = self._costs(model, n_targets(prompts), known.max_len, len(known)).mean_tokens(self.memory_bytes)
         means = mean_activations(model, known, self._sites(model.spec), self.mean_over, n_tokens)
         if self.mean_over == "pos":
             check_means(means, prompts.max_len)
@@ -181,14 +181,14 @@ class Circuit:
     def planned(self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None) -> "Circuit":
         """Returns the analysis with its batches chosen; raises :class:`OptionError` where memory is not enough."""
         known = prompts if reference is None else reference
-        costs = self._costs(model, n_targets(prompts), known.max_len)
+        costs = self._costs(model, n_targets(prompts), known.max_len, len(known))
         usual = dataclasses.replace(self, batches=None).tokens_per_batch(model)
         return dataclasses.replace(self, batches=plan_batches(costs, prompts, self.memory_bytes, usual))
 
     def _sites(self, spec: ModelSpec) -> dict[str, set[int]]:
         return {part.site: set(range(spec.n_layers)) for part in self.candidates(spec)}
 
-    def _costs(self, model: Model, n_targets: int, mean_pos: int) -> Costs:
+    def _costs(self, model: Model, n_targets: int, mean_pos: int, mean_prompts: int = 1) -> Costs:
         sites, widths = self._sites(model.spec), widths_of(model)
         demand = Demand(
             n_units=len(self.sets(model.spec)) + 1,
@@ -198,7 +198,8 @@ class Circuit:
             source=self.mode == "resample",
             precision=self.precision,
         )
-        mean = MeanCost(widths=widths, sites=sites, n_pos=mean_pos, by_pos=self.mean_over == "pos")
+        by_pos = self.mean_over == "pos"
+        mean = MeanCost(widths=widths, sites=sites, n_pos=mean_pos, n_prompts=mean_prompts, by_pos=by_pos)
         return Costs(model=model, demand=demand, mean=mean if self.mode == "mean" else None)
 
     def tokens_per_batch(self, model: Model) -> int:

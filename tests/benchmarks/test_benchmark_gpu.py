@@ -57,7 +57,9 @@ def _blocked(job: Job, change: float = 0.0, place: int = 0) -> Job:
     return replace(job, run=run)
 
 
-@pytest.mark.parametrize("name", ["head_logprob", "direct_effect_loss", "head_topk", "head_gather", "variant_residual"])
+@pytest.mark.parametrize(
+    "name", ["head_logprob", "direct_effect_loss", "head_topk", "head_gather", "variant_residual", "delta_product"]
+)
 def test_a_wrong_value_is_found_wherever_it_is(name: str) -> None:
     shape = replace(TINY, n_rows=20, d_vocab=90)
     inputs = Inputs.random(shape, torch.device("cpu"))

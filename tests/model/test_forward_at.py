@@ -5,9 +5,9 @@ import torch
 
 from fastinterp.errors import FastinterpError
 from fastinterp.model import Edit, Taps, forward
-from fastinterp.model.products import STEADY_ROWS, affine
 from fastinterp.model.forward import forward_at
 from fastinterp.model.prefix import POSITIONS_MULTIPLE, prefix_tree
+from fastinterp.model.products import STEADY_ROWS, affine
 
 EXACT = 1e-11
 MODELS = ["gpt2", "gpt2-one-head-one-layer", "llama-gqa", "llama-one-head-one-layer", "mistral-window"]

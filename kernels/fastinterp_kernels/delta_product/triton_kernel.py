@@ -236,10 +236,10 @@ def default_tiling(
         # Without a limit ptxas stops at 96 registers and spills.
         return ProductTiling(row=64, column=_columns(n_out, 64), depth=16, num_warps=4, num_stages=3, max_registers=128)
     depth = 64 if precision == "bf16" and prepared and w_rounded else 32
-    if -(-n_product_rows // 128) * -(-n_out // 128) < 132:  # fewer programs than an H100 has multiprocessors
+    few = -(-n_product_rows // 128) * -(-n_out // 128) < 132  # programs: an H100 has as many multiprocessors
+    if few or (precision == "bf16x3" and not hopper):
         return ProductTiling(row=64, column=_columns(n_out, 64), depth=depth, num_warps=4, num_stages=3)
-    widest = 64 if precision == "bf16x3" and not hopper else 128
-    return ProductTiling(row=128, column=_columns(n_out, widest), depth=depth, num_warps=8, num_stages=3)
+    return ProductTiling(row=128, column=_columns(n_out, 128), depth=depth, num_warps=8, num_stages=3)
 
 
 def _columns(n_out: int, largest: int) -> int:
