@@ -278,6 +278,8 @@ def plan_batches(costs: Costs, prompts: TokenizedPrompts, budget: int | None, us
         OptionError: the longest prompt by itself needs more than the budget, which is said in bytes.
     """
     lengths = np.sort(prompts.n_tokens[prompts.accepted])
+    if not len(lengths):
+        return BatchPlan(batch_tokens=usual, group_variants=0, peak_bytes=0, memory_bytes=budget)
     distinct, counts = np.unique(lengths, return_counts=True)
     longest = BatchShape(n_prompts=1, n_pos=int(lengths[-1]), shortest=int(lengths[0]))
     if budget is not None:

@@ -23,7 +23,7 @@ from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import check_index, head_label
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import Variant
+from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision, clean_weights
 
 Component = Literal["q", "k", "v"]
 Direction = Literal["denoise", "noise"]
@@ -43,6 +43,7 @@ def path_patch(
     component: Component | Sequence[Component] = "q",
     direction: Direction = "denoise",
     metric: str | Sequence[str] = "logit_diff",
+    precision: Precision = "exact",
 ) -> xr.Dataset:
     """Returns the effect of giving one head's query, key or value what an earlier head writes in the other run.
 
@@ -62,6 +63,7 @@ def path_patch(
         sources: a head ``(layer, head)``, a list of them, or ``"all"``.
         component: what the destinations read differently: ``"q"``, ``"k"`` or ``"v"``, or several, one at a time.
         metric: any metric that is read at the last token, or several, which share the sweep.
+        precision: how matrix products are done, as in :func:`ablate`.
 
     Returns:
         ``{metric}_path_{component}`` (prompt, source, layer, head), of ``k`` and ``v`` (prompt, source, layer,
@@ -90,6 +92,7 @@ def path_patch(
         components=(component,) if isinstance(component, str) else tuple(component),
         direction=direction,
         metric_names=(metric,) if isinstance(metric, str) else tuple(metric),
+        precision=precision,
     )
     analysis.check_fits(model.spec)
     prepared, tokens = analysis.prepared(model, tokenized(model, prompts, analysis.metric))
@@ -121,10 +124,12 @@ class PathPatch:
     components: tuple[Component, ...] = ("q",)
     direction: Direction = "denoise"
     metric_names: tuple[str, ...] = ("logit_diff",)
+    precision: Precision = "exact"
 
     def __post_init__(self) -> None:
         """Refuses components, directions and metrics that there are not or that do not go together."""
         check_choice("direction", self.direction, ("denoise", "noise"))
+        check_choice("precision", self.precision, PRECISIONS)
         for component in self.components:
             check_choice("component", component, COMPONENTS)
         if not self.components or len(set(self.components)) < len(self.components):
@@ -178,6 +183,7 @@ class PathPatch:
 
     def prepared(self, model: Model, prompts: TokenizedPrompts) -> tuple["PathPatch", TokenizedPrompts]:
         """Checks the pairs."""
+        check_precision(self.precision, model.dtype)
         self.check_fits(model.spec)
         if prompts.corrupt is None:
             raise PromptPairError(
@@ -205,7 +211,8 @@ class PathPatch:
         """The effects, and both runs."""
         described: list[Field] = []
         for metric in self.metrics:
-            attrs = {"units": metric.units, "metric": metric.name, "pos": "-1", "direction": self.direction}
+            attrs = {"units": metric.units, "metric": metric.name, "pos": "-1"}
+            attrs |= {"direction": self.direction, "precision": self.precision}
             for name, which in (("base", "patched into"), ("source", "taken from")):
                 described.append(
                     Field(
@@ -267,13 +274,14 @@ class PathPatch:
         with_paths = (i for i, (layer, _) in enumerate(sources) if layer < spec.n_layers - 1)
         start = None
         for some in _together(model, base, sorted(with_paths, key=lambda i: sources[i])):
-            written = _written_differently(model, base, source, [sources[i] for i in some])
+            written = _written_differently(model, base, source, [sources[i] for i in some], self.precision)
             paths = [path for i in some for path in self._paths(spec, i, sources[i])]
-            start, values = sweep_values(model, base, self.metrics, _variants(paths, sources, written, base, source))
+            variants = _variants(paths, sources, written, base, source)
+            start, values = sweep_values(model, base, self.metrics, variants, precision=self.precision)
             for name, each in values.items():
                 self._place(found, name, paths, (each - start.values[name]).to(dtype))
         assert start is not None
-        resid = clean_run(model, source, self.metrics).resid
+        resid = clean_run(model, source, self.metrics, self.precision).resid
         other = measure(model, source, self.metrics, resid[None], start.resid)
         for name, value in start.values.items():
             found[f"{name}_base"], found[f"{name}_source"] = value.to(dtype), other[name][0].to(dtype)
@@ -349,11 +357,11 @@ def _n_destinations(spec: ModelSpec, component: Component) -> int:
 
 
 def _written_differently(
-    model: Model, base: Batch, source: Batch, heads: Sequence[Head]
+    model: Model, base: Batch, source: Batch, heads: Sequence[Head], precision: Precision
 ) -> dict[Head, Float[Tensor, "batch pos d_model"]]:
     """Returns what heads add to the residual stream in the source run, less what they add in the base run."""
     layers = sorted({layer for layer, _ in heads})
-    z_source, z_base = (_mixed(model, batch.tokens, layers) for batch in (source, base))
+    z_source, z_base = (_mixed(model, batch.tokens, layers, precision) for batch in (source, base))
     blocks = model.weights.blocks
     return {
         (layer, head): (z_source[layer][:, :, head] - z_base[layer][:, :, head]) @ blocks[layer].W_O[head]
@@ -362,10 +370,10 @@ def _written_differently(
 
 
 def _mixed(
-    model: Model, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
+    model: Model, tokens: Int[Tensor, "batch pos"], layers: Sequence[int], precision: Precision
 ) -> dict[int, Float[Tensor, "batch pos head d_head"]]:
     """Returns ``z`` of some layers; the run goes no further than the last of them."""
-    spec, weights = model.spec, model.weights
+    spec, weights = model.spec, clean_weights(model, precision)
     taps = Taps.of(spec.n_layers, capture=[Capture(name="z", layers=tuple(layers))])
     resid = embed(weights, tokens)
     frame = make_frame(spec, tokens.shape[1], device=resid.device, dtype=resid.dtype)

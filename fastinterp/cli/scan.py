@@ -63,6 +63,9 @@ def scan(
         Path | None, typer.Option(help="Prompts of the means (default: those scanned), as for --prompts.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which other prompt resampling takes.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="How a sweep multiplies: exact, delta (differences in bfloat16), tf32 or bf16.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     ablation_limit: Annotated[int | None, typer.Option(help="Ablation for the first prompts only.")] = None,
     batch_tokens: Annotated[str, typer.Option(help="Tokens per batch, or auto.")] = "auto",
@@ -102,6 +105,7 @@ def scan(
         mean_over=mean_over,
         reference=None if reference is None else _reference(reference, column),
         seed=seed,
+        precision=precision,
     )
     choose_analyses(analysis, metric, options)
     if dtype not in DTYPES:

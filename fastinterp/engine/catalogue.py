@@ -66,7 +66,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="ablation of every head, with zeros unless --mode says otherwise: <metric>_zero_total "
             "(prompt, layer, head) and <metric>_clean (prompt)",
             sweep=True,
-            options=_UNITS | _MEAN | {"mode", "effect", "seed"},
+            options=_UNITS | _MEAN | {"mode", "effect", "seed", "precision"},
             several=True,
         ),
         "ablation_mean": Entry(
@@ -74,7 +74,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="every head replaced by its mean over the prompts scanned: <metric>_mean_total "
             "(prompt, layer, head) and <metric>_clean (prompt)",
             sweep=True,
-            options=_UNITS | _MEAN | {"effect"},
+            options=_UNITS | _MEAN | {"effect", "precision"},
             several=True,
         ),
         "ablation_resample": Entry(
@@ -82,7 +82,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="every head replaced by its value in the corrupt prompt, or in another one of the same length: "
             "<metric>_resample_total (prompt, layer, head) and <metric>_clean (prompt)",
             sweep=True,
-            options=_UNITS | {"effect", "seed"},
+            options=_UNITS | {"effect", "seed", "precision"},
             several=True,
         ),
         "direct": Entry(
@@ -160,3 +160,5 @@ def _check_options_matter(chosen: Mapping[str, Analysis], options: AblationOptio
             raise OptionError(
                 f"{option} is for mode {mode!r}, which is not chosen: leave it out, or give mode={mode!r}"
             )
+    if options.precision is not None and not any("total" in analysis.effects for analysis in ablations):
+        raise OptionError("precision is for total effects, and only direct ones are chosen: leave it out")

@@ -14,6 +14,7 @@ from fastinterp.analyses.units import KINDS, choose_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import PromptSet
+from fastinterp.sweep import PRECISIONS
 
 EFFECTS = ("total", "direct", "both")
 MEANS_OVER = ("tokens", "pos")
@@ -37,6 +38,7 @@ class AblationOptions:
     mean_over: str | None = None
     reference: PromptSet | str | Path | None = None
     seed: int | None = None
+    precision: str | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -65,6 +67,9 @@ class AblationOptions:
                     found["units"] = _units(value)
                 case "ablate_pos":
                     found["pos"] = _pos(value)
+                case "precision":
+                    check_choice("precision", value, PRECISIONS)
+                    found["precision"] = value
                 case "seed":
                     found["seed"] = _seed(value)
         return found
@@ -131,6 +136,8 @@ def described(analysis: Ablation, spec: ModelSpec, reference: PromptSet | None) 
         found["reference"] = "the prompts" if reference is None else reference.content_hash()
     if "resample" in analysis.modes:
         found["seed"] = analysis.seed
+    if analysis.precision != "exact":
+        found["precision"] = analysis.precision
     return found
 
 

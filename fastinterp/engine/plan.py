@@ -23,6 +23,7 @@ from fastinterp.metrics import get_metric
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet, TokenizedPrompts
 from fastinterp.store import ArraySpec, CoordSpec, StoreSpec, choose_block_size, status_array
+from fastinterp.sweep import Precision, check_precision
 
 BatchTokens = int | Literal["auto"]
 OnBad = Literal["error", "reject"]
@@ -86,6 +87,7 @@ def plan(
     mean_over: str | None = None,
     reference: PromptSet | str | Path | None = None,
     seed: int | None = None,
+    precision: Precision | None = None,
     limit: int | None = None,
     ablation_limit: int | None = None,
     batch_tokens: BatchTokens = "auto",
@@ -113,9 +115,13 @@ def plan(
         mean_over=mean_over,
         reference=reference,
         seed=seed,
+        precision=precision,
     )
     metrics = listed(metric)
     analyses = choose_analyses(analysis, metrics, asked)
+    for chosen in analyses.values():
+        if isinstance(chosen, Ablation):
+            check_precision(chosen.precision, model.dtype)
     prompt_set = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
     if limit is not None:
         prompt_set = prompt_set.head(min(limit, len(prompt_set)))

@@ -16,6 +16,7 @@ from fastinterp.engine.plan import BatchTokens, OnBad, Plan, plan
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet
 from fastinterp.store import STATUS_CODES, StoreWriter, open_store
+from fastinterp.sweep import Precision
 
 Arrays = dict[str, np.ndarray]
 
@@ -34,6 +35,7 @@ def scan(
     mean_over: str | None = None,
     reference: PromptSet | str | Path | None = None,
     seed: int | None = None,
+    precision: Precision | None = None,
     limit: int | None = None,
     ablation_limit: int | None = None,
     batch_tokens: BatchTokens = "auto",
@@ -52,9 +54,9 @@ def scan(
         analysis: names from ``fastinterp.engine.CATALOGUE``, as a list or separated by commas.
         metric: ``logit_diff``, ``logit``, ``logprob``, ``prob``, ``rank``, ``top1``, ``kl`` or ``loss``, for every
             analysis; ablations take several, as a list or separated by commas, which share one sweep.
-        mode, effect, units, mean_over, reference, seed: of ablations, as in :func:`ablate`; ``None`` leaves them as the
-            analysis has them. Lists can be text: ``"zero,mean"``, ``"L10H7,MLP3,L9H6+L9H9"`` (``+``: together).
-            ``reference`` may be a path.
+        mode, effect, units, mean_over, reference, seed, precision: of ablations, as in :func:`ablate`; ``None`` leaves
+            them as the analysis has them. Lists can be text: ``"zero,mean"``, ``"L10H7,MLP3,L9H6+L9H9"`` (``+``:
+            together). ``reference`` may be a path.
         ablate_pos: where ablations ablate, ``pos`` of :func:`ablate`; as text ``"last"`` for -1, ``"1:"`` for a slice.
         limit: only the first prompts.
         ablation_limit: ablation for the first prompts only; its arrays are NaN for the others.
@@ -94,6 +96,7 @@ def scan(
         mean_over=mean_over,
         reference=reference,
         seed=seed,
+        precision=precision,
         limit=limit,
         ablation_limit=ablation_limit,
         batch_tokens=batch_tokens,

@@ -72,8 +72,10 @@ def check_compiled(compiled: Compiled, mode: str) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("weight", ["fp32", "bf16"])
-@pytest.mark.parametrize(("mode", "prepared"), LAUNCHED)
+@pytest.mark.parametrize(
+    ("mode", "prepared", "weight"),
+    [*((mode, prepared, "fp32") for mode, prepared in LAUNCHED), ("bf16", False, "bf16"), ("bf16", True, "bf16")],
+)
 def test_compiles_without_spills(capability: int, mode: str, prepared: bool, weight: str) -> None:
     compiled = compile_product(capability, mode, prepared=prepared, weight=weight)
     print(f"delta_product {mode} prepared={prepared} W {weight}: {compiled}")
