@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +16,19 @@ from fastinterp.analyses.base import Field, collect, tokenized
 from fastinterp.analyses.direct_units import direct_values
 from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, check_edited, edited_positions
 from fastinterp.analyses.measuring import Clean, clean_run, sweep_values
-from fastinterp.analyses.replacements import MeanOver, Means, check_reference, mean_activations, with_source
-from fastinterp.analyses.units import ChosenUnits, Part, Units, choose_units
+from fastinterp.analyses.replacements import (
+    MODES,
+    MeanOver,
+    Means,
+    Mode,
+    check_reference,
+    edit_of,
+    mean_activations,
+    with_source,
+)
+from fastinterp.analyses.units import ChosenUnits, Units, choose_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.metrics import Metric, get_metric
-from fastinterp.model.intervene import SOURCE, Edit
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
@@ -28,14 +36,11 @@ from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
 from fastinterp.sweep.costs import Demand
 from fastinterp.sweep.memory import SweepMemory, check_budget
 
-Mode = Literal["zero", "mean", "resample"]
 Effect = Literal["total", "direct", "both"]
 
 # Tokens of a batch of which only the ends are computed, and of a prompt that is short among those.
 _END_TOKENS = 1 << 13
 _SHORT_PROMPT = 16
-
-MODES: tuple[Mode, ...] = ("zero", "mean", "resample")
 
 
 def ablate(
@@ -373,31 +378,6 @@ class Ablation:
             effects = effects.masked_fill(absent.view(len(effects), 1, -1, *[1] * (effects.ndim - 3)), torch.nan)
         moved: Tensor = effects.movedim((0, 1), (-2, -1)).unflatten(-1, chosen.shape)
         return moved if self.pos == "each" else moved.squeeze(-1 - len(chosen.shape))
-
-
-def edit_of(
-    part: Part,
-    mode: Mode,
-    means: Means | None,
-    mean_over: MeanOver,
-    n_pos: int,
-    where: Bool[Tensor, "batch pos"] | None = None,
-) -> Edit:
-    """Returns the edit that ablates one part, in prompts of ``n_pos`` tokens."""
-    replacement: Any = {"zero": 0.0, "resample": SOURCE}.get(mode)
-    if mode == "mean":
-        assert means is not None
-        replacement = part.of(means[part.site, part.layer])
-        if mean_over == "pos":
-            replacement = replacement[None, :n_pos]
-    return Edit(
-        site=part.site,
-        layer=part.layer,
-        head=part.head,
-        neuron=part.neuron,
-        positions=where,
-        replacement=replacement,
-    )
 
 
 def _described(pos: EditPos) -> str:

@@ -9,7 +9,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from fastinterp.analyses.ablation import MODES, Mode, edit_of
 from fastinterp.analyses.base import Field, collect, tokenized
 from fastinterp.analyses.budget import (
     BatchPlan,
@@ -24,7 +23,16 @@ from fastinterp.analyses.budget import (
     with_plan,
 )
 from fastinterp.analyses.measuring import sweep_values
-from fastinterp.analyses.replacements import MeanOver, Means, check_means, mean_activations, with_source
+from fastinterp.analyses.replacements import (
+    MODES,
+    MeanOver,
+    Means,
+    Mode,
+    check_means,
+    edit_of,
+    mean_activations,
+    with_source,
+)
 from fastinterp.analyses.units import Part, choose_units, every_part
 from fastinterp.errors import MetricError, OptionError, check_choice
 from fastinterp.metrics import Metric, get_metric

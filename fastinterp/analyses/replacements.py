@@ -2,21 +2,25 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fastinterp.analyses.units import Part
 from fastinterp.errors import OptionError, PromptError
 from fastinterp.model.forward import forward
-from fastinterp.model.intervene import Capture, Taps
+from fastinterp.model.intervene import SOURCE, Capture, Edit, Taps
 from fastinterp.model.model import Model
 from fastinterp.prompts import TokenizedPrompts
 
+Mode = Literal["zero", "mean", "resample"]
 MeanOver = Literal["tokens", "pos"]
 Means = Mapping[tuple[str, int], Float[Tensor, "*pos_and_rest"]]
+
+MODES: tuple[Mode, ...] = ("zero", "mean", "resample")
 
 _MEAN_TOKENS = 4096
 
@@ -124,3 +128,28 @@ def check_means(means: Means, n_pos: int) -> None:
                 f"the reference prompts have no token at position {first}, and a prompt has {n_pos} tokens: there is "
                 f"no mean of {site} of layer {layer} there. Give longer reference prompts, or mean_over='tokens'"
             )
+
+
+def edit_of(
+    part: Part,
+    mode: Mode,
+    means: Means | None,
+    mean_over: MeanOver,
+    n_pos: int,
+    where: Bool[Tensor, "batch pos"] | None = None,
+) -> Edit:
+    """Returns the edit that ablates one part, in prompts of ``n_pos`` tokens."""
+    replacement: Any = {"zero": 0.0, "resample": SOURCE}.get(mode)
+    if mode == "mean":
+        assert means is not None
+        replacement = part.of(means[part.site, part.layer])
+        if mean_over == "pos":
+            replacement = replacement[None, :n_pos]
+    return Edit(
+        site=part.site,
+        layer=part.layer,
+        head=part.head,
+        neuron=part.neuron,
+        positions=where,
+        replacement=replacement,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastinterp.analyses import Ablation
-from fastinterp.analyses.ablation import MODES
+from fastinterp.analyses.replacements import MODES
 from fastinterp.analyses.units import KINDS, choose_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.model.spec import ModelSpec
