@@ -1,0 +1,142 @@
+"""Attribution patching of one batch of pairs: what the gradients say that each activation of the source run would do.
+
+attribution = (a_source - a_base) * gradient,    the gradient taken at the base run, or averaged along a path
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastinterp.gradients.memory import copies_at_once
+from fastinterp.gradients.objective import MetricFunction, Objective
+from fastinterp.gradients.paths import Point, averaged_gradients, interpolated
+from fastinterp.gradients.reduction import attributions
+from fastinterp.gradients.runs import Key, Start, Tapped, beginning, gradients, tapped
+from fastinterp.metrics import Metric
+from fastinterp.model.model import Model
+from fastinterp.prompts import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """Attributions ``[batch, ...]`` of activations, 0 at padding, and the metric of both runs.
+
+    ``errors`` are those of integrals: the sum of an activation's attributions minus the effect of patching all of it.
+    """
+
+    attributions: Mapping[Key, Tensor]
+    base: Float[Tensor, " batch"]
+    source: Float[Tensor, " batch"]
+    errors: Mapping[Key, Float[Tensor, " batch"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A base run and a source run of as many tokens, the activations that are compared, and the metric.
+
+    The metric is read where ``base`` says; ``clean`` is the run that ``kl`` compares with. ``reduce``: as
+    :func:`attributions` sums.
+    """
+
+    model: Model
+    base: Batch
+    source: Int[Tensor, "batch pos"]
+    keys: Sequence[Key]
+    metric: Metric
+    function: MetricFunction | None = None
+    clean: Literal["base", "source"] = "source"
+    reduce: Collection[str] = ("pos",)
+
+    def at_base(self) -> Estimates:
+        """Returns attributions with the gradient at the base run: one run with gradients, one without.
+
+        ``kl`` has the source run as the clean one: at the base itself it has no gradient.
+        """
+        assert self.clean == "source" or not self.metric.relative
+        source = self._run(self.source, self.keys)
+        objective = self._objective(source, source)
+        found = gradients(self.model, beginning(self.model, self.base.tokens), self.keys, objective)
+        return Estimates(
+            attributions={key: self._attributed(key, source, found.values, found.gradients) for key in self.keys},
+            base=found.metric,
+            source=objective(source.resid),
+        )
+
+    def along_sites(self, points: Sequence[Point]) -> Estimates:
+        """Returns attributions with the gradient averaged between an activation's values in both runs.
+
+        Runs begin at the activation's layer, with what the base run has there, and nothing else is changed.
+        """
+        source = self._run(self.source, self.keys)
+        inputs = [("resid_pre", layer) for _, layer in self.keys]
+        base = self._run(self.base.tokens, [*self.keys, *inputs])
+        objective = self._objective(base, source)
+        value = objective(base.resid)
+        found: dict[Key, Tensor] = {}
+        errors: dict[Key, Tensor] = {}
+        for key in self.keys:
+
+            def path(alphas: Sequence[float], key: Key = key) -> tuple[Start, dict[Key, Tensor]]:
+                return self._with(base, key, interpolated(base.values[key], source.values[key], alphas))
+
+            averages = averaged_gradients(
+                self.model, [key], path, objective, points, at_once=self._at_once([key], len(points))
+            )
+            found[key] = self._attributed(key, source, base.values, averages)
+            start, replaced = self._with(base, key, source.values[key])
+            patched = tapped(self.model, start, replaced=replaced, stop=self.model.spec.n_layers)
+            errors[key] = _total(found[key]) - (objective(patched.resid) - value)
+        return Estimates(attributions=found, base=value, source=objective(source.resid), errors=errors)
+
+    def along_inputs(self, points: Sequence[Point]) -> Estimates:
+        """Returns attributions with the gradients averaged between both embeddings; ``errors`` are those of these."""
+        inputs: Key = ("resid_pre", 0)
+        keys = list(dict.fromkeys([inputs, *self.keys]))
+        base, source = self._run(self.base.tokens, keys), self._run(self.source, keys)
+        objective = self._objective(base, source)
+
+        def path(alphas: Sequence[float]) -> tuple[Start, dict[Key, Tensor]]:
+            return self._with(base, inputs, interpolated(base.values[inputs], source.values[inputs], alphas))
+
+        at_once = self._at_once(keys, len(points))
+        averages = averaged_gradients(self.model, keys, path, objective, points, at_once=at_once)
+        found = {key: self._attributed(key, source, base.values, averages) for key in keys}
+        values = objective(base.resid), objective(source.resid)
+        error = _total(found[inputs]) - (values[1] - values[0])
+        kept = {key: found[key] for key in self.keys}
+        return Estimates(attributions=kept, base=values[0], source=values[1], errors={inputs: error})
+
+    def _run(self, tokens: Int[Tensor, "batch pos"], keys: Sequence[Key]) -> Tapped:
+        return tapped(self.model, beginning(self.model, tokens), keys, stop=self.model.spec.n_layers)
+
+    def _objective(self, base: Tapped, source: Tapped) -> Objective:
+        objective = Objective(model=self.model, batch=self.base, metric=self.metric, function=self.function)
+        if not self.metric.relative:
+            return objective
+        clean = base if self.clean == "base" else source
+        return dataclasses.replace(objective, reference=objective.normalized(clean.resid))
+
+    def _with(self, base: Tapped, key: Key, value: Tensor) -> tuple[Start, dict[Key, Tensor]]:
+        """The run that begins at an activation's layer as copies of the base run do, with other values of it."""
+        name, layer = key
+        if name == "resid_pre":
+            return Start(layer=layer, resid=value), {}
+        resid = base.values["resid_pre", layer]
+        return Start(layer=layer, resid=resid.repeat(len(value) // len(resid), 1, 1)), {key: value}
+
+    def _at_once(self, keys: Sequence[Key], n_points: int) -> int:
+        n_rows, n_pos = self.base.tokens.shape
+        return copies_at_once(self.model, n_rows * n_pos, n_pos, keys, n_points)
+
+    def _attributed(
+        self, key: Key, source: Tapped, base: Mapping[Key, Tensor], gradient: Mapping[Key, Tensor]
+    ) -> Tensor:
+        return attributions(key[0], source.values[key], base[key], gradient[key], self.base.mask, self.reduce)
+
+
+def _total(found: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    return found.reshape(len(found), -1).sum(-1)
