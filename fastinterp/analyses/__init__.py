@@ -16,6 +16,7 @@ from fastinterp.analyses.circuits import Circuit, circuit
 from fastinterp.analyses.direct_effect import DirectEffect, direct_effect
 from fastinterp.analyses.direct_logit_attribution import DirectLogitAttribution, direct_logit_attribution
 from fastinterp.analyses.head_logits import HeadLogits, head_logits
+from fastinterp.analyses.interventions import Intervention, intervene
 from fastinterp.analyses.logit_lens import LogitLens, logit_lens
 from fastinterp.analyses.path_patching import PathPatch, path_patch
 from fastinterp.analyses.weight_logits import weight_logits
@@ -28,6 +29,7 @@ circuit = accepting(circuit)
 direct_effect = accepting(direct_effect)
 direct_logit_attribution = accepting(direct_logit_attribution)
 head_logits = accepting(head_logits)
+intervene = accepting(intervene)
 logit_lens = accepting(logit_lens)
 path_patch = accepting(path_patch)
 weight_logits = accepting(weight_logits)
@@ -41,6 +43,7 @@ __all__ = [
     "DirectLogitAttribution",
     "Field",
     "HeadLogits",
+    "Intervention",
     "LogitLens",
     "PathPatch",
     "ablate",
@@ -51,6 +54,7 @@ __all__ = [
     "direct_effect",
     "direct_logit_attribution",
     "head_logits",
+    "intervene",
     "logit_lens",
     "path_patch",
     "place",

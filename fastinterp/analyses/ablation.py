@@ -103,8 +103,8 @@ def ablate(
             are not enough for the longest prompt (before the model runs).
         PromptError: ``resample`` without a corrupt prompt of the same length.
 
-    Memory: at most ``memory_bytes``. Without it one residual stream per variant of a batch (at most 1 GiB, else the
-    units go in groups; twice that where the metric is read at every token); no logits.
+    Memory: at most ``memory_bytes``. Without it the residual streams of a group of variants (32 MiB, on a GPU 1 GiB, or
+    one variant of a batch; twice that where the metric is read at every token) and one step of them; no logits.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:
@@ -320,12 +320,11 @@ class Ablation:
                 # What direct effects are differences from is not rounded.
                 clean = clean_run(model, batch, self.metrics)
             residual_bytes = None if self.memory_bytes is None else costs.residual_bytes(shape, self.memory_bytes)
-            for mode in self.modes:
-                ablated = direct_values(model, batch, chosen, mode, self.means, self.metrics, residual_bytes)
-                for name, values in ablated.items():
-                    effects = values - clean.values[name]
-                    spread = torch.stack([self._where_edited(effects, where, name, batch) for where in wheres])
-                    found[f"{name}_{mode}_direct"] = self._laid_out(spread, chosen, batch).to(dtype)
+            direct = direct_values(model, batch, chosen, self.modes, self.means, self.metrics, residual_bytes)
+            for (name, replaced_by), values in direct.items():
+                effects = values - clean.values[name]
+                spread = torch.stack([self._where_edited(effects, where, name, batch) for where in wheres])
+                found[f"{name}_{replaced_by}_direct"] = self._laid_out(spread, chosen, batch).to(dtype)
         return found
 
     def _wheres(self, batch: Batch) -> list[Bool[Tensor, "batch pos"] | None]:

@@ -156,7 +156,8 @@ class DirectEffect:
             assert self.means is not None
             replacement = [mean[None] for mean in self.means]
         targets = metric_targets(self.metric, batch, written)
-        clean, ablated = head_values(model, batch, written, chosen, replacement, self.metric, targets)
+        clean = clean_values(model, batch, written, self.metric, targets)
+        ablated = head_values(model, batch, written, chosen, replacement, self.metric, targets)
         effect = chosen.shaped(ablated - clean[:, None])
         name, every = self.metric.name, self._every_position
         return {
@@ -174,6 +175,27 @@ def metric_targets(metric: Metric, batch: Batch, written: Written) -> Int[Tensor
     return torch.cat(given, dim=-1) if given else batch.tokens[written.prompt, :0]
 
 
+def clean_values(
+    model: Model, batch: Batch, written: Written, metric: Metric, targets: Int[Tensor, "row k"]
+) -> Float[Tensor, " row"]:
+    """Returns the metric of every row as it is."""
+    weights, softcap = model.weights, model.spec.final_softcap
+    if metric.linear:
+        columns = [_bounded(model, _raw(model, written, column)[1], column) for column in targets.unbind(-1)]
+        return from_target_logits(metric, torch.stack(columns, -1), _n_answers(batch))
+    found = linear_cross_entropy(
+        written.x, weights.W_U, targets, weights.b_U, softcap=softcap, rank=metric.name in RANKED
+    )
+    return from_target_logits(
+        metric,
+        found.target_logit,
+        targets.shape[1],
+        logsumexp=found.logsumexp,
+        rank=found.rank,
+        kl=torch.zeros_like(found.logsumexp),
+    )
+
+
 def head_values(
     model: Model,
     batch: Batch,
@@ -182,78 +204,59 @@ def head_values(
     replacement: list[Float[Tensor, "#row head d_head"]] | None,
     metric: Metric,
     targets: Int[Tensor, "row k"],
-) -> tuple[Float[Tensor, " row"], Float[Tensor, "row chosen"]]:
-    """Returns the metric of every row, and without each chosen head's direct contribution, in the order of ``of``.
+) -> Float[Tensor, "row chosen"]:
+    """Returns the metric of every row without each chosen head's direct contribution, in the order of ``of``.
 
-    ``replacement``, for each layer, is what stands in place of ``z``, in front of any norm; None for zero.
+    ``replacement``, for each layer, is what stands in place of ``z``, in front of any norm; None for zero. Metrics of
+    single logits are products with their columns of ``W_U``, all others one pass over the vocabulary for all heads.
     """
     z, W_O = chosen.of(written.z, axis=1), chosen.of(written.W_O, axis=0)
     scaled = None
     if replacement is not None:
         pairs = zip(replacement, written.divisor, strict=True)
         scaled = chosen.of([other / divisor[..., None] for other, divisor in pairs], axis=1)
-    evaluate = _linear if metric.linear else _full
-    return evaluate(model, written, z, W_O, scaled, targets, metric, batch)
+    if metric.linear:
+        removed = z if scaled is None else [a - b for a, b in zip(z, scaled, strict=True)]
+        columns = []
+        for column in targets.unbind(-1):
+            direction, raw = _raw(model, written, column)
+            without = raw[:, None] - head_gather(removed, W_O, direction, per_row=True)
+            columns.append(_bounded(model, without, column))
+        return from_target_logits(metric, torch.stack(columns, -1), _n_answers(batch))
+    found = direct_effect_loss(
+        written.x,
+        z,
+        W_O,
+        model.weights.W_U,
+        targets,
+        model.weights.b_U,
+        replacement=scaled,
+        softcap=model.spec.final_softcap,
+        kl=metric.name == "kl",
+        rank=metric.name in RANKED,
+    )
+    return from_target_logits(
+        metric, found.target_logit, targets.shape[1], logsumexp=found.logsumexp, rank=found.rank, kl=found.kl
+    )
 
 
-def _linear(
-    model: Model,
-    written: Written,
-    z: list[Tensor],
-    W_O: list[Tensor],
-    replacement: list[Tensor] | None,
-    targets: Tensor,
-    metric: Metric,
-    batch: Batch,
-) -> tuple[Tensor, Tensor]:
-    """Metrics of single logits: a product with their columns of ``W_U``, and nothing of the vocabulary's size."""
-    W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
-    removed = z if replacement is None else [a - b for a, b in zip(z, replacement, strict=True)]
-    clean_logits, ablated_logits = [], []
-    for column in targets.unbind(-1):
-        direction = W_U[:, column.clamp(min=0)].t().to(written.x.dtype)
-        raw = (written.x * direction).sum(-1)
-        raw = raw if b_U is None else raw + b_U[column.clamp(min=0)]
-        without = raw[:, None] - head_gather(removed, W_O, direction, per_row=True)
-        capped = [x if softcap is None else softcap * torch.tanh(x / softcap) for x in (raw, without)]
-        absent = column < 0
-        clean_logits.append(capped[0].masked_fill(absent, torch.nan))
-        ablated_logits.append(capped[1].masked_fill(absent[:, None], torch.nan))
+def _n_answers(batch: Batch) -> int:
     assert batch.answer is not None
-    n_answers = batch.answer.shape[1]
-    return (
-        from_target_logits(metric, torch.stack(clean_logits, -1), n_answers),
-        from_target_logits(metric, torch.stack(ablated_logits, -1), n_answers),
-    )
+    return batch.answer.shape[1]
 
 
-def _full(
-    model: Model,
-    written: Written,
-    z: list[Tensor],
-    W_O: list[Tensor],
-    replacement: list[Tensor] | None,
-    targets: Tensor,
-    metric: Metric,
-    batch: Batch,
-) -> tuple[Tensor, Tensor]:
-    """Metrics of all logits: one pass over the vocabulary for all heads, one for the clean run."""
-    W_U, b_U, softcap = model.weights.W_U, model.weights.b_U, model.spec.final_softcap
-    rank, kl = metric.name in RANKED, metric.name == "kl"
-    before = linear_cross_entropy(written.x, W_U, targets, b_U, softcap=softcap, rank=rank)
-    after = direct_effect_loss(
-        written.x, z, W_O, W_U, targets, b_U, replacement=replacement, softcap=softcap, kl=kl, rank=rank
-    )
-    n_answers = targets.shape[1]
-    clean = from_target_logits(
-        metric,
-        before.target_logit,
-        n_answers,
-        logsumexp=before.logsumexp,
-        rank=before.rank,
-        kl=torch.zeros_like(before.logsumexp),
-    )
-    ablated = from_target_logits(
-        metric, after.target_logit, n_answers, logsumexp=after.logsumexp, rank=after.rank, kl=after.kl
-    )
-    return clean, ablated
+def _raw(
+    model: Model, written: Written, column: Int[Tensor, " row"]
+) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"]]:
+    """One token's column of ``W_U`` for every row, and its logit in front of a softcap; -1 stands for none."""
+    W_U, b_U = model.weights.W_U, model.weights.b_U
+    direction = W_U[:, column.clamp(min=0)].t().to(written.x.dtype)
+    raw = (written.x * direction).sum(-1)
+    return direction, raw if b_U is None else raw + b_U[column.clamp(min=0)]
+
+
+def _bounded(model: Model, logit: Float[Tensor, "row ..."], column: Int[Tensor, " row"]) -> Float[Tensor, "row ..."]:
+    """A logit as the model gives it; NaN where there is no token."""
+    softcap = model.spec.final_softcap
+    capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
+    return capped.masked_fill((column < 0).view(-1, *[1] * (logit.ndim - 1)), torch.nan)

@@ -27,43 +27,53 @@ def direct_values(
     model: Model,
     batch: Batch,
     chosen: ChosenUnits,
-    mode: str,
+    modes: Sequence[str],
     means: Means | None,
     metrics: Sequence[Metric],
     residual_bytes: int | None = None,
-) -> dict[str, Float[Tensor, "unit batch *pos"]]:
+) -> dict[tuple[str, str], Float[Tensor, "unit batch *pos"]]:
     """Returns every metric with each unit's direct contribution replaced: ``[unit, batch]``, or with ``pos`` behind.
 
-    The scales of the final norm and of post-norms are frozen at the clean run. Heads go through one pass over the
-    vocabulary for all of them; memory otherwise: ``residual_bytes`` (32 MB) of edited residuals at a time.
+    The keys are the names of metric and mode; modes share a run. The scales of the final norm and of post-norms are
+    frozen at the clean run. Heads go through one pass over the vocabulary for all of them; memory otherwise:
+    ``residual_bytes`` (32 MB) of edited residuals at a time.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[tuple[str, str], Tensor] = {}
     for per_token in (False, True):
         some = [metric for metric in metrics if metric.per_token == per_token]
         if not some:
             continue
-        rows = _Rows(model, batch, chosen, mode, means, every_position=per_token)
-        for name, values in rows.measured(some, _RESIDUAL_BYTES if residual_bytes is None else residual_bytes).items():
-            # [row, unit]; padding is NaN.
-            spread = rows.written.spread(values, batch, every_position=per_token)
-            found[name] = spread.movedim(-1, 0)
+        rows = _Rows(model, batch, chosen, modes, means, every_position=per_token)
+        for mode in modes:
+            measured = rows.measured(some, mode, _RESIDUAL_BYTES if residual_bytes is None else residual_bytes)
+            for name, values in measured.items():
+                # [row, unit]; padding is NaN.
+                spread = rows.written.spread(values, batch, every_position=per_token)
+                found[name, mode] = spread.movedim(-1, 0)
         del rows
-    return {metric.name: found[metric.name] for metric in metrics}
+    return found
 
 
 class _Rows:
     """The tokens at which something is read, and what every unit adds there."""
 
     def __init__(
-        self, model: Model, batch: Batch, chosen: ChosenUnits, mode: str, means: Means | None, *, every_position: bool
+        self,
+        model: Model,
+        batch: Batch,
+        chosen: ChosenUnits,
+        modes: Sequence[str],
+        means: Means | None,
+        *,
+        every_position: bool,
     ) -> None:
-        self.model, self.batch, self.chosen, self.mode, self.means = model, batch, chosen, mode, means
+        self.model, self.batch, self.chosen, self.means = model, batch, chosen, means
         self.post_norms = model.spec.post_norms
         captures = self._captures()
         pos: Any = "all" if every_position else -1
         self.written = heads_write(model, batch, pos, scored_only=every_position, others=captures)
         self.other: Written | None = None
-        if mode == "resample":
+        if "resample" in modes:
             assert batch.corrupt is not None
             corrupt = dataclasses.replace(batch, tokens=batch.corrupt)
             self.other = heads_write(model, corrupt, pos, scored_only=every_position, others=captures)
@@ -75,32 +85,35 @@ class _Rows:
             captures.append(Capture(name="ln2_post_scale", layers=tuple(sorted(sites["post"]))))
         return captures
 
-    def measured(self, metrics: Sequence[Metric], residual_bytes: int) -> dict[str, Float[Tensor, "row unit"]]:
+    def measured(
+        self, metrics: Sequence[Metric], mode: str, residual_bytes: int
+    ) -> dict[str, Float[Tensor, "row unit"]]:
         heads = self.chosen.single_heads
         if heads is not None:
-            return {metric.name: self._heads(metric, heads) for metric in metrics}
+            return {metric.name: self._heads(metric, mode, heads) for metric in metrics}
         n_rows, d_model = self.written.x.shape
         step = max(1, residual_bytes // max(1, n_rows * d_model * self.written.x.element_size()))
         units = self.chosen.units
         found: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
         for first in range(0, len(units), step):
-            x = torch.stack([self.written.x + self._change(unit) for unit in units[first : first + step]])
+            x = torch.stack([self.written.x + self._change(unit, mode) for unit in units[first : first + step]])
             for name, values in self._evaluated(metrics, x).items():
                 found[name].append(values)
         return {name: torch.cat(values).T for name, values in found.items()}
 
-    def _heads(self, metric: Metric, heads: list[tuple[int, int]]) -> Float[Tensor, "row unit"]:
+    def _heads(self, metric: Metric, mode: str, heads: list[tuple[int, int]]) -> Float[Tensor, "row unit"]:
         chosen = choose_heads(self.model.spec, heads)
         replacement = None
-        if self.mode != "zero":
-            replacement = [self._replacement("z", layer) for layer in range(self.model.spec.n_layers)]
+        if mode != "zero":
+            replacement = [self._replacement("z", layer, mode) for layer in range(self.model.spec.n_layers)]
         targets = metric_targets(metric, self.batch, self.written)
-        _, ablated = head_values(self.model, self.batch, self.written, chosen, replacement, metric, targets)
+        ablated = head_values(self.model, self.batch, self.written, chosen, replacement, metric, targets)
         return chosen.shaped(ablated)
 
-    def _replacement(self, site: str, layer: int) -> Tensor:
+    def _replacement(self, site: str, layer: int, mode: str) -> Tensor:
         """What stands in place of an activation, ``[row or 1, ...]``."""
-        if self.other is not None:
+        if mode == "resample":
+            assert self.other is not None
             if site == "z":
                 return self.other.z[layer] * self.other.divisor[layer][..., None]
             return self.other.others[site, layer]
@@ -112,7 +125,7 @@ class _Rows:
         by_pos = mean.ndim > {"z": 2}.get(site, 1)
         return mean[self.written.pos] if by_pos else mean[None]
 
-    def _change(self, unit: Unit) -> Float[Tensor, "row d_model"]:
+    def _change(self, unit: Unit, mode: str) -> Float[Tensor, "row d_model"]:
         """What is added to the normalised residual in place of the unit.
 
         Heads and neurons of a whole sublayer that is replaced itself count with it, not a second time.
@@ -120,11 +133,11 @@ class _Rows:
         replaced = {(part.site, part.layer) for part in unit}
         sums = {"z": "attn_out", "post": "mlp_out"}
         parts = [part for part in unit if (sums.get(part.site), part.layer) not in replaced]
-        return torch.stack([self._change_of_part(part) for part in parts]).sum(0)
+        return torch.stack([self._change_of_part(part, mode) for part in parts]).sum(0)
 
-    def _change_of_part(self, part: Part) -> Float[Tensor, "row d_model"]:
+    def _change_of_part(self, part: Part, mode: str) -> Float[Tensor, "row d_model"]:
         written, layer = self.written, part.layer
-        replacement = None if self.mode == "zero" else part.of(self._replacement(part.site, layer))
+        replacement = None if mode == "zero" else part.of(self._replacement(part.site, layer, mode))
         if part.site == "z":
             z = written.z[layer][:, part.head]
             change = -z if replacement is None else replacement / written.divisor[layer] - z

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastinterp.analyses.units import Part
 from fastinterp.errors import OptionError, PromptError
-from fastinterp.model.forward import forward
+from fastinterp.model.attention import make_frame
+from fastinterp.model.forward import check_taps, embed, run_blocks
 from fastinterp.model.intervene import SOURCE, Capture, Edit, Taps
 from fastinterp.model.model import Model
 from fastinterp.prompts import TokenizedPrompts
@@ -41,12 +42,16 @@ def mean_activations(
     """
     spec = model.spec
     captures = [Capture(name=site, layers=tuple(sorted(layers))) for site, layers in sorted(sites.items())]
+    stop = 1 + max(max(layers) for layers in sites.values())  # what is above is not run
     means: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], Tensor] = {}
     for batch in prompts.batches(_MEAN_TOKENS if batch_tokens is None else batch_tokens):
         batch = batch.to(model.device)
         taps = Taps.of(spec.n_layers, capture=captures)
-        forward(spec, model.weights, batch.tokens, taps=taps)
+        check_taps(spec, taps)
+        resid = embed(model.weights, batch.tokens)
+        frame = make_frame(spec, batch.tokens.shape[1], device=resid.device, dtype=resid.dtype)
+        run_blocks(spec, model.weights, resid, frame, taps, stop=stop)
         mask = batch.mask
         n_new = mask.sum(0) if over == "pos" else mask.sum()[None]
         for (site, layer), value in taps.values.items():
@@ -64,7 +69,7 @@ def mean_activations(
             present = n_new.view(-1, *share).double()
             mean += (total - present * mean) / count.clamp(min=1).view(-1, *share)
         # Not while the next batch goes through the model.
-        del taps, value, wide, total
+        del taps, resid, frame, value, wide, total
     wide_dtype = torch.promote_types(model.dtype, torch.float32)
     found = {}
     for key, mean in means.items():

@@ -66,6 +66,9 @@ def scan(
     precision: Annotated[
         str | None, typer.Option(help="How a sweep multiplies: exact, delta (differences in bfloat16), tf32 or bf16.")
     ] = None,
+    memory_bytes: Annotated[
+        str | None, typer.Option(help="What ablations may allocate beside the model, such as 2GB or 2GiB.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     ablation_limit: Annotated[int | None, typer.Option(help="Ablation for the first prompts only.")] = None,
     batch_tokens: Annotated[str, typer.Option(help="Tokens per batch, or auto.")] = "auto",
@@ -96,7 +99,7 @@ def scan(
     """Run analyses over all prompts and stream the results to a zarr store; run it again to resume."""
     # What needs no model is checked before minutes go into loading one.
     budget = _batch_tokens(batch_tokens)
-    check_counts(limit=limit, ablation_limit=ablation_limit, batch_tokens=budget)
+    check_counts(limit=limit, ablation_limit=ablation_limit, batch_tokens=budget, memory_bytes=memory_bytes)
     options = AblationOptions(
         mode=mode,
         effect=effect,
@@ -106,6 +109,7 @@ def scan(
         reference=None if reference is None else _reference(reference, column),
         seed=seed,
         precision=precision,
+        memory_bytes=memory_bytes,
     )
     choose_analyses(analysis, metric, options)
     if dtype not in DTYPES:
@@ -191,11 +195,11 @@ def show_plan(planned: Plan, format: Format) -> None:
         f"{described['blocks']} blocks of {described['block_prompts']}"
     )
     show_rejected(planned)
-    print_table(
-        "analyses",
-        ("name", "prompts", "tokens per batch"),
-        [(name, a["prompts"], a["batch_tokens"]) for name, a in described["analyses"].items()],
-    )
+    rows = [(name, a["prompts"], a["batch_tokens"]) for name, a in described["analyses"].items()]
+    print_table("analyses", ("name", "prompts", "tokens per batch"), rows)
+    for name, each in described["analyses"].items():
+        if "peak_bytes" in each:
+            say(f"{name} allocates at most {size(each['peak_bytes'])} beside the model")
     print_table(
         "arrays",
         ("name", "dims", "shape", "dtype", "size"),

@@ -66,7 +66,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="ablation of every head, with zeros unless --mode says otherwise: <metric>_zero_total "
             "(prompt, layer, head) and <metric>_clean (prompt)",
             sweep=True,
-            options=_UNITS | _MEAN | {"mode", "effect", "seed", "precision"},
+            options=_UNITS | _MEAN | {"mode", "effect", "seed", "precision", "memory_bytes"},
             several=True,
         ),
         "ablation_mean": Entry(
@@ -74,7 +74,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="every head replaced by its mean over the prompts scanned: <metric>_mean_total "
             "(prompt, layer, head) and <metric>_clean (prompt)",
             sweep=True,
-            options=_UNITS | _MEAN | {"effect", "precision"},
+            options=_UNITS | _MEAN | {"effect", "precision", "memory_bytes"},
             several=True,
         ),
         "ablation_resample": Entry(
@@ -82,14 +82,14 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             description="every head replaced by its value in the corrupt prompt, or in another one of the same length: "
             "<metric>_resample_total (prompt, layer, head) and <metric>_clean (prompt)",
             sweep=True,
-            options=_UNITS | {"effect", "seed", "precision"},
+            options=_UNITS | {"effect", "seed", "precision", "memory_bytes"},
             several=True,
         ),
         "direct": Entry(
             make=lambda metric, **options: _ablation(metric, modes=("zero", "mean"), effect="direct", **options),
             description="every head's direct effect, against zero and against its mean: <metric>_zero_direct, "
             "<metric>_mean_direct (prompt, layer, head) and <metric>_clean (prompt)",
-            options=_UNITS | _MEAN,
+            options=_UNITS | _MEAN | {"memory_bytes"},
             several=True,
         ),
     }

@@ -36,13 +36,15 @@ def flops(
             total += n_modes * (float(reached.sum()) * above + len(units) * per_unit)
     if "direct" in analysis.effects:
         kinds = len({metric.per_token for metric in analysis.metrics})
-        total += n_modes * kinds * forward + n_modes * _direct(analysis, spec, units, lengths)
+        runs = kinds * (2 if "resample" in analysis.modes else 1)
+        total += runs * forward + n_modes * _direct(analysis, spec, units, lengths)
     return total
 
 
-def mean_flops(spec: ModelSpec, lengths: Int[np.ndarray, " prompt"]) -> float:
-    """Returns the operations for the means of ablations over a reference set: one forward of it."""
-    return float(lengths.sum()) * spec.n_layers * spec.flops_per_token_block()
+def mean_flops(analysis: Ablation, spec: ModelSpec, lengths: Int[np.ndarray, " prompt"]) -> float:
+    """Returns the operations for the means of ablations over a reference set: a forward up to the highest unit."""
+    n_layers = 1 + max(part.layer for unit in choose_units(spec, analysis.units).units for part in unit)
+    return float(lengths.sum()) * n_layers * spec.flops_per_token_block()
 
 
 def _reached(

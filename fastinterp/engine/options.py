@@ -15,12 +15,14 @@ from fastinterp.errors import OptionError, check_choice
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import PromptSet
 from fastinterp.sweep import PRECISIONS
+from fastinterp.sweep.memory import check_budget
 
 EFFECTS = ("total", "direct", "both")
 MEANS_OVER = ("tokens", "pos")
 
 _LABEL = re.compile(r"L\d+[HN]\d+|(MLP|ATTN)\d+")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?b?|b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class AblationOptions:
     """The arguments of :func:`fastinterp.ablate` that a scan takes; ``None`` where nothing was said.
 
     ``ablate_pos`` is what ``ablate`` calls ``pos``. Text stands for the same things: ``"zero,mean"``,
-    ``"L10H7,MLP3,L9H6+L9H9"`` (``+``: together), ``"last"`` for -1, ``"1:"`` for ``slice(1, None)``.
+    ``"L10H7,MLP3,L9H6+L9H9"`` (``+``: together), ``"last"`` for -1, ``"1:"`` for ``slice(1, None)``, ``"2GB"`` for
+    2,000,000,000 and ``"2GiB"`` for 2 * 2**30 bytes.
     """
 
     mode: str | Sequence[str] | None = None
@@ -39,6 +42,7 @@ class AblationOptions:
     reference: PromptSet | str | Path | None = None
     seed: int | None = None
     precision: str | None = None
+    memory_bytes: int | str | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -72,6 +76,8 @@ class AblationOptions:
                     found["precision"] = value
                 case "seed":
                     found["seed"] = _seed(value)
+                case "memory_bytes":
+                    found["memory_bytes"] = _bytes(value)
         return found
 
 
@@ -103,6 +109,18 @@ def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise OptionError(f"seed={value!r}: give an integer from 0 on")
     return value
+
+
+def _bytes(value: Any) -> int:
+    written = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if isinstance(value, str):
+        if written is None:
+            raise OptionError(f"memory_bytes={value!r}: give a number of bytes, such as 2GB (10^9) or 2GiB (2^30)")
+        number, unit = written.groups()
+        power = "bkmgt".index((unit or "b")[0].lower())
+        value = int(float(number) * (1024 if "i" in unit.lower() else 1000) ** power)
+    check_budget(value)
+    return int(value)
 
 
 def _pos(value: Any) -> Any:

@@ -54,7 +54,7 @@ class Plan:
             "blocks": self.store.n_blocks,
             "block_prompts": self.store.block_size,
             "analyses": {
-                name: {"prompts": task.n_prompts, "batch_tokens": task.batch_tokens}
+                name: {"prompts": task.n_prompts, "batch_tokens": task.batch_tokens} | task.memory
                 for name, task in self.tasks.items()
             },
             "arrays": [
@@ -88,6 +88,7 @@ def plan(
     reference: PromptSet | str | Path | None = None,
     seed: int | None = None,
     precision: Precision | None = None,
+    memory_bytes: int | str | None = None,
     limit: int | None = None,
     ablation_limit: int | None = None,
     batch_tokens: BatchTokens = "auto",
@@ -106,7 +107,7 @@ def plan(
     Example:
         >>> fastinterp.plan(model, "prompts.jsonl", analysis="dla,ablation").to_dict()["bytes"]    # doctest: +SKIP
     """
-    check_counts(limit=limit, ablation_limit=ablation_limit, batch_tokens=batch_tokens)
+    check_counts(limit=limit, ablation_limit=ablation_limit, batch_tokens=batch_tokens, memory_bytes=memory_bytes)
     asked = AblationOptions(
         mode=mode,
         effect=effect,
@@ -116,6 +117,7 @@ def plan(
         reference=reference,
         seed=seed,
         precision=precision,
+        memory_bytes=memory_bytes,
     )
     metrics = listed(metric)
     analyses = choose_analyses(analysis, metrics, asked)
@@ -185,7 +187,7 @@ def _task(
         reference=reference if takes_mean else None,
     )
     task.check()
-    return task
+    return task.within_memory(model)
 
 
 def _reference_set(given: Any) -> PromptSet | None:
@@ -199,8 +201,14 @@ def _reference_set(given: Any) -> PromptSet | None:
     )
 
 
-def check_counts(*, limit: int | None, ablation_limit: int | None, batch_tokens: BatchTokens) -> None:
-    """Raises :class:`OptionError` for counts that are not positive."""
+def check_counts(
+    *,
+    limit: int | None,
+    ablation_limit: int | None,
+    batch_tokens: BatchTokens,
+    memory_bytes: int | str | None = None,
+) -> None:
+    """Raises :class:`OptionError` for counts that are not positive, and for two answers to how large a batch is."""
     for name, value in {
         "limit": limit,
         "ablation_limit": ablation_limit,
@@ -211,6 +219,8 @@ def check_counts(*, limit: int | None, ablation_limit: int | None, batch_tokens:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             wanted = "a positive integer or 'auto'" if name == "batch_tokens" else "a positive integer"
             raise OptionError(f"{name}={value!r}: give {wanted}")
+    if memory_bytes is not None and batch_tokens != "auto":
+        raise OptionError("memory_bytes chooses how many tokens a batch has: leave out batch_tokens, or memory_bytes")
 
 
 def _store_spec(

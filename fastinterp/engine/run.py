@@ -36,6 +36,7 @@ def scan(
     reference: PromptSet | str | Path | None = None,
     seed: int | None = None,
     precision: Precision | None = None,
+    memory_bytes: int | str | None = None,
     limit: int | None = None,
     ablation_limit: int | None = None,
     batch_tokens: BatchTokens = "auto",
@@ -57,6 +58,9 @@ def scan(
         mode, effect, units, mean_over, reference, seed, precision: of ablations, as in :func:`ablate`; ``None`` leaves
             them as the analysis has them. Lists can be text: ``"zero,mean"``, ``"L10H7,MLP3,L9H6+L9H9"`` (``+``:
             together). ``reference`` may be a path.
+        memory_bytes: what ablations may allocate beyond the model's weights and a block of results, as a number or as
+            text such as ``"2GB"`` and ``"2GiB"``; it changes numbers at rounding level only. Instead of
+            ``batch_tokens``.
         ablate_pos: where ablations ablate, ``pos`` of :func:`ablate`; as text ``"last"`` for -1, ``"1:"`` for a slice.
         limit: only the first prompts.
         ablation_limit: ablation for the first prompts only; its arrays are NaN for the others.
@@ -97,6 +101,7 @@ def scan(
         reference=reference,
         seed=seed,
         precision=precision,
+        memory_bytes=memory_bytes,
         limit=limit,
         ablation_limit=ablation_limit,
         batch_tokens=batch_tokens,

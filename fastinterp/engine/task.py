@@ -40,6 +40,23 @@ class Task:
         if "mean" in self.analysis.modes and self.analysis.mean_over == "pos":
             check_reference(prompts if self.reference is None else self.reference, prompts.max_len)
 
+    def within_memory(self, model: Model) -> "Task":
+        """Returns the task with the batches that its ``memory_bytes`` allow, if it has any.
+
+        Raises:
+            OptionError: they are not enough for the longest prompt.
+        """
+        if not isinstance(self.analysis, Ablation) or self.analysis.memory_bytes is None:
+            return self
+        planned = self.analysis.planned(model, _first(self.prompts, self.n_prompts), self.reference)
+        return dataclasses.replace(self, analysis=planned, batch_tokens=planned.tokens_per_batch(model))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """The estimate of the bytes that are allocated at most, where they are limited."""
+        plan = self.analysis.batches if isinstance(self.analysis, Ablation) else None
+        return {} if plan is None or plan.memory_bytes is None else {"peak_bytes": plan.peak_bytes}
+
     def options(self, model: Model, reference: PromptSet | None) -> dict[str, Any]:
         """What identifies the analysis in a store, as JSON types."""
         found: dict[str, Any] = {"prompts": self.n_prompts}
@@ -74,7 +91,7 @@ class Task:
         if not isinstance(self.analysis, Ablation) or "mean" not in self.analysis.modes:
             return 0.0
         known = _first(self.prompts, self.n_prompts) if self.reference is None else self.reference
-        return mean_flops(model.spec, known.n_tokens)
+        return mean_flops(self.analysis, model.spec, known.n_tokens)
 
 
 def _longest(prompts: TokenizedPrompts) -> TokenizedPrompts:

@@ -175,8 +175,9 @@ class Cost:
         n_masks = 1 + len({w for w in widths.spec.attention.window if w is not None and w < shape.padded})
         index = shape.slots * 8 * 2 + shape.nodes * 8 * 8
         masks = shape.padded**2 * (2 * n_masks + 8)
-        clean = shape.slots * widths.d + 3 * shape.nodes * widths.d + shape.nodes * widths.rope
-        source = shape.slots * 3 * widths.d if self.demand.source else 0
+        # Both runs also where the next group begins.
+        clean = shape.slots * widths.d + 4 * shape.nodes * widths.d + shape.nodes * widths.rope
+        source = shape.slots * 4 * widths.d if self.demand.source else 0
         return index + masks + clean + source
 
     def _stacks(self, residuals: int) -> int:

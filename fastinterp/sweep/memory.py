@@ -11,11 +11,15 @@ from fastinterp.errors import OptionError
 from fastinterp.sweep.costs import BatchShape, Cost, Demand
 from fastinterp.sweep.widths import Widths
 
-RESIDUAL_BYTES = 1 << 30
 SLICE_VARIANTS = 16
 
-# Variants that a group has at least, if the memory allows: each group repeats the clean run.
+# Variants that a group has at least, if the memory allows, so that products have enough rows.
 _WANTED_GROUP = 16
+
+
+def group_bytes(device_type: str) -> int:
+    """Residuals of variants that go through the model together: many steps, or all that saturates a GPU."""
+    return 1 << 25 if device_type == "cpu" else 1 << 30
 
 
 def step_tokens(device_type: str) -> int:
@@ -72,11 +76,11 @@ def plan_memory(widths: Widths, demand: Demand, shape: BatchShape, *, budget: in
 def _largest(cost: Cost) -> SweepMemory:
     device, residual = cost.widths.device_type, cost.variant_bytes
     return SweepMemory(
-        residual_bytes=RESIDUAL_BYTES,
+        residual_bytes=group_bytes(device),
         step_tokens=step_tokens(device),
         score_bytes=score_bytes(device),
         slice_variants=SLICE_VARIANTS,
-        group_variants=min(cost.demand.n_variants(cost.shape.n_pos), max(1, RESIDUAL_BYTES // residual)),
+        group_variants=min(cost.demand.n_variants(cost.shape.n_pos), max(1, group_bytes(device) // residual)),
         peak_bytes=0,
     )
 

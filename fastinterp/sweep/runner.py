@@ -24,7 +24,7 @@ from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.products import Difference, Recorded
 from fastinterp.model.weights import BlockWeights
-from fastinterp.sweep.memory import RESIDUAL_BYTES, SweepMemory, score_bytes, step_tokens
+from fastinterp.sweep.memory import SweepMemory, group_bytes, score_bytes, step_tokens
 from fastinterp.sweep.precision import Precision, check_precision, clean_products, clean_weights
 from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.source import SourceRun
@@ -72,7 +72,7 @@ def run_variants(
     n_tokens: Int[Tensor, " batch"] | None = None,
     at: Int[Tensor, " batch"] | None = None,
     source: Int[Tensor, "batch pos"] | None = None,
-    residual_bytes: int = RESIDUAL_BYTES,
+    residual_bytes: int | None = None,
     precision: Precision = "exact",
 ) -> Iterator[tuple[list[int], Float[Tensor, "variant batch *pos d_model"]]]:
     """Yields ``(indices into variants, final residuals)`` group by group until every variant has come once.
@@ -86,7 +86,8 @@ def run_variants(
         n_tokens: their lengths; without it every position counts as real.
         at: read the final residual at this position of each prompt only; the last block then computes little else.
         source: the prompts of the run that replacements of ``SOURCE`` are taken from, of the same shape.
-        residual_bytes: the residuals of one group's variants stay below this; more groups repeat the clean run.
+        residual_bytes: the residuals of one group's variants stay below this; by default 32 MiB (1 GiB on a GPU). The
+            clean run goes on from group to group.
         precision: how the matrix products are done, see :func:`check_precision`.
 
     Raises:
@@ -126,15 +127,15 @@ def sweep(
     n_tokens: Int[Tensor, " batch"] | None = None,
     at: Int[Tensor, " batch"] | None = None,
     source: Int[Tensor, "batch pos"] | None = None,
-    residual_bytes: int = RESIDUAL_BYTES,
+    residual_bytes: int | None = None,
     clean_first: bool = False,
     precision: Precision = "exact",
     memory: SweepMemory | None = None,
 ) -> Iterator[Swept]:
     """Like :func:`run_variants`, but where every position is read, with those alone that a variant can change.
 
-    ``memory`` says how large groups and steps are, see :func:`~fastinterp.sweep.memory.plan_memory`; without it steps
-    have their usual size, and groups ``residual_bytes``.
+    ``memory`` says how large groups and steps are, see :func:`~fastinterp.sweep.memory.plan_memory`; without it they
+    have their usual size, and groups ``residual_bytes`` if given.
 
     With ``clean_first`` the clean run comes before them, as a variant without an index. It costs next to nothing where
     the last block has variants of its own, or only the ends of prompts are computed.
@@ -158,8 +159,13 @@ def sweep(
     planned = [_Planned.of(job, i, variants[i]) for i in passing]
     planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
     owed = clean_first
-    for group in _groups(planned, residual_bytes if memory is None else memory.residual_bytes):
-        yield from _run_group(job, group, clean_first=owed)
+    if residual_bytes is None:
+        residual_bytes = group_bytes(device) if memory is None else memory.residual_bytes
+    groups = list(_groups(planned, residual_bytes))
+    progress = _Progress()
+    for number, group in enumerate(groups, start=1):
+        then = _first_layer(groups[number]) if number < len(groups) else 0
+        yield from _run_group(job, group, progress, then=then, clean_first=owed)
         owed = False
     if owed:
         yield Swept(indices=[], resid=_clean_forward(job)[None])
@@ -206,11 +212,36 @@ def _groups(planned: Sequence[_Planned], residual_bytes: int) -> Iterator[list[_
         yield group
 
 
-def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterator[Swept]:
-    """One pass; in two halves, one after the other, where the memory is not enough."""
+def _first_layer(group: Sequence[_Planned]) -> int:
+    return group[0].variant.first_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begin:
+    """Where a pass begins: the clean residual, and that of the source run, in front of a layer."""
+
+    layer: int
+    clean: Float[Tensor, "1 node d_model"]
+    source: Float[Tensor, "batch pos d_model"] | None
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """How far up the next pass can begin: groups come in the order of their first layers."""
+
+    begin: _Begin | None = None
+
+
+def _run_group(
+    job: Job, group: list[_Planned], progress: _Progress, *, then: int, clean_first: bool
+) -> Iterator[Swept]:
+    """One pass; in two halves, one after the other, where the memory is not enough.
+
+    ``then`` is the first layer of the next group.
+    """
     found: list[Swept] | None = None
     try:
-        found = _passed(job, group, clean_first=clean_first)
+        found = _passed(job, group, progress, then=then, clean_first=clean_first)
     except torch.OutOfMemoryError:
         if len(group) == 1:
             raise
@@ -218,20 +249,21 @@ def _run_group(job: Job, group: list[_Planned], *, clean_first: bool) -> Iterato
         if job.tokens.is_cuda:
             torch.cuda.empty_cache()
         half = len(group) // 2
-        yield from _run_group(job, group[:half], clean_first=clean_first)
-        yield from _run_group(job, group[half:], clean_first=False)
+        lower, upper = group[:half], group[half:]
+        yield from _run_group(job, lower, progress, then=_first_layer(upper), clean_first=clean_first)
+        yield from _run_group(job, upper, progress, then=then, clean_first=False)
     else:
         while found:
             yield found.pop(0)
 
 
-def _passed(job: Job, group: list[_Planned], *, clean_first: bool) -> list[Swept]:
-    """The results of one pass, of which nothing else stays alive."""
-    one = _Pass(job, group)
-    found = list(one.run())
+def _passed(job: Job, group: list[_Planned], progress: _Progress, *, then: int, clean_first: bool) -> list[Swept]:
+    """The results of one pass, of which nothing else stays alive but where the next one begins."""
+    one = _Pass(job, group, progress.begin)
+    found = list(one.run(then))
+    progress.begin = one.reached
     if clean_first:
-        clean = one.final_clean()
-        found.insert(0, Swept(indices=[], resid=(_clean_forward(job) if clean is None else clean)[None]))
+        found.insert(0, Swept(indices=[], resid=one.final_clean()[None]))
     return found
 
 
@@ -255,14 +287,21 @@ def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
 class _Pass:
     """One pass over the layers for a group of variants."""
 
-    def __init__(self, job: Job, group: Sequence[_Planned]) -> None:
+    def __init__(self, job: Job, group: Sequence[_Planned], begin: _Begin | None = None) -> None:
         self.job, self.spec, self.weights = job, job.model.spec, clean_weights(job.model, job.precision)
-        self.clean = embed(self.weights, job.tokens, tree=job.tree)
+        self.clean = embed(self.weights, job.tokens, tree=job.tree) if begin is None else begin.clean
         self.whole = Rows.whole(self.spec, job.tree, self.clean.dtype)
-        self.source = None if job.source is None else SourceRun(job.model, job.source, clean_products(job.precision))
+        self.source: SourceRun | None = None
+        if job.source is not None:
+            known = None if begin is None or begin.source is None else (begin.layer, begin.source)
+            self.source = SourceRun(job.model, job.source, clean_products(job.precision), begin=known)
+        taking = (e.layer for each in group for e in each.variant.edits if isinstance(e.replacement, str))
+        self.source_layers = 1 + max(taking, default=-1)
+        self.reached: _Begin | None = begin
         self.stacks = [self._stack(start, members) for start, members in _by_start(group)]
         self.ends = any(stack.rows.start is not None for stack in self.stacks)
-        self.clean_layers, self.clean_at_rows = 0, False
+        self.first_layer = 0 if begin is None else begin.layer
+        self.clean_layers, self.clean_at_rows = self.first_layer, False
 
     def _stack(self, start: tuple[int, ...] | None, members: list[_Planned]) -> Stack:
         job, rows = self.job, self.whole
@@ -279,17 +318,23 @@ class _Pass:
             like=self.clean,
         )
 
-    def run(self) -> Iterator[Swept]:
-        """Goes through the layers, and yields the stacks."""
+    def run(self, then: int = 0) -> Iterator[Swept]:
+        """Goes through the layers, and yields the stacks; remembers the last ones up to ``then`` that are known."""
         job = self.job
-        for layer, w in enumerate(self.weights.blocks):
+        for layer in range(self.first_layer, self.spec.n_layers):
+            w = self.weights.blocks[layer]
+            if layer <= then and self.clean_layers == layer and (self.source is None or self.source.layer == layer):
+                source = None if self.source is None else self.source.resid
+                self.reached = _Begin(layer=layer, clean=self.clean, source=source)
             reading = job.at if layer == self.spec.n_layers - 1 else None
             if not self._clean_needed(layer):
                 clean = CleanLayer(layer=layer, w=w, frame=self.whole.frame, products=w.products)
             else:
                 clean = self._clean_step(layer, w, reading)
             edits = [edit for stack in self.stacks for variant in stack.variants for edit in variant.at_layer(layer)]
-            taken = {} if self.source is None else self.source.step(layer, edits)
+            taken = {}
+            if self.source is not None and layer < max(then, self.source_layers):
+                taken = self.source.step(layer, edits)
             for stack in self.stacks:
                 stack.step(clean, taken, reading)
         while self.stacks:
@@ -328,11 +373,12 @@ class _Pass:
             products=Difference(recorded) if differences else w.products,
         )  # fmt: skip
 
-    def final_clean(self) -> Float[Tensor, "batch *pos d_model"] | None:
-        """Returns the clean run's final residual, if it went through all layers."""
+    def final_clean(self) -> Float[Tensor, "batch *pos d_model"]:
+        """Takes the clean run through the layers that no variant needed it in, and returns its final residual."""
         at, tree = self.job.at, self.job.tree
-        if self.clean_layers < self.spec.n_layers:
-            return None
+        while self.clean_layers < self.spec.n_layers:
+            layer = self.clean_layers
+            self._clean_step(layer, self.weights.blocks[layer], at if layer == self.spec.n_layers - 1 else None)
         if at is None:
             everywhere: Tensor = tree.spread(self.clean)[0, :, : self.job.tokens.shape[1]]
             return everywhere

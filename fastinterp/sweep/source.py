@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.model.attention import make_frame
@@ -16,10 +16,17 @@ from fastinterp.names import activation
 class SourceRun:
     """A forward of other prompts of the same shape that shows the activations of one layer at a time."""
 
-    def __init__(self, model: Model, tokens: Int[Tensor, "batch pos"], products: Products = EXACT) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokens: Int[Tensor, "batch pos"],
+        products: Products = EXACT,
+        *,
+        begin: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
+    ) -> None:
+        """``begin``: a layer, and the residual in front of it."""
         self.model, self.products = model, products
-        self.layer = 0
-        self.resid = embed(model.weights, tokens)
+        self.layer, self.resid = (0, embed(model.weights, tokens)) if begin is None else begin
         self.frame = make_frame(model.spec, tokens.shape[1], device=self.resid.device, dtype=self.resid.dtype)
 
     def step(self, layer: int, edits: Iterable[Edit]) -> dict[str, Tensor]:

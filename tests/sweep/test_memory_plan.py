@@ -7,7 +7,7 @@ import pytest
 
 from fastinterp.errors import OptionError
 from fastinterp.sweep.costs import BatchShape, Cost, Demand, Measured
-from fastinterp.sweep.memory import RESIDUAL_BYTES, SLICE_VARIANTS, check_budget, least_plan, plan_memory, step_tokens
+from fastinterp.sweep.memory import SLICE_VARIANTS, check_budget, group_bytes, least_plan, plan_memory, step_tokens
 from fastinterp.sweep.widths import Widths
 
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def demand(request):
 def test_without_a_budget_the_parts_are_constants(widths, demand):
     plan = plan_memory(widths, demand, BatchShape(n_prompts=4, n_pos=20), budget=None)
     assert (plan.residual_bytes, plan.step_tokens, plan.slice_variants) == (
-        RESIDUAL_BYTES, step_tokens("cpu"), SLICE_VARIANTS,
+        group_bytes("cpu"), step_tokens("cpu"), SLICE_VARIANTS,
     )  # fmt: skip
     assert plan.group_variants == demand.n_variants(20)
     assert plan.peak_bytes == plan_memory(widths, demand, BatchShape(n_prompts=4, n_pos=20), budget=1 << 40).peak_bytes

@@ -1,0 +1,143 @@
+"""``python -m benchmarks.memory``: peak memory of sweeps where a hook loop holds the logits of many long prompts.
+
+For each case one iteration of the loop is measured, then fastinterp with no limit, and with ``memory_bytes`` a tenth of
+what the loop's iteration took (the fewest that the plan allows where that is more). Values are compared first.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastinterp
+from benchmarks import naive, naive_sweeps
+from benchmarks.environment import environment
+from benchmarks.harness import Array
+from benchmarks.measure import measure
+from benchmarks.models import DEFAULT_MODEL, Fixtures, Workload, load_fixtures
+from fastinterp.errors import OptionError
+
+TOLERANCE = 1e-4
+SHARE = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """The loop's iteration for one head, ``[...]``, and all chosen heads at once, ``[head, ...]``."""
+
+    name: str
+    loop: Callable[[int, int], torch.Tensor]
+    fast: Callable[[Sequence[tuple[int, int]], int | None], Array]
+
+
+def cases(fixtures: Fixtures, work: Workload) -> list[MemoryCase]:
+    """Loss of every token, the last token's logit difference, and the same with the last position ablated alone."""
+    bridge, model = fixtures.bridge, fixtures.model
+    arguments = (bridge, work.tokens, work.answer, work.wrong)
+    losses = naive_sweeps.losses(bridge, work.tokens)
+    clean = naive.logit_diff(*arguments)
+
+    def swept(name: str, **options: Any) -> Callable[[Sequence[tuple[int, int]], int | None], Array]:
+        def run(heads: Sequence[tuple[int, int]], memory_bytes: int | None) -> Array:
+            found = fastinterp.ablate(model, work.prompts, units=list(heads), memory_bytes=memory_bytes, **options)
+            values = np.moveaxis(found[name].values, -1, 0)
+            return values[..., :-1] if name.startswith("loss") else values
+
+        return run
+
+    return [
+        MemoryCase(
+            name="loss of every token",
+            loop=lambda layer, head: naive_sweeps.ablated_losses(bridge, work.tokens, layer, head) - losses,
+            fast=swept("loss_zero_total", metric="loss"),
+        ),
+        MemoryCase(
+            name="logit difference",
+            loop=lambda layer, head: naive.ablated_logit_diff(*arguments, layer, head) - clean,
+            fast=swept("logit_diff_zero_total"),
+        ),
+        MemoryCase(
+            name="logit difference, last position ablated",
+            loop=lambda layer, head: naive_sweeps.ablated_here_logit_diff(*arguments, layer, head) - clean,
+            fast=swept("logit_diff_zero_total", pos=-1),
+        ),
+    ]
+
+
+def compare(fixtures: Fixtures, n_prompts: int, n_pos: int, n_heads: int) -> list[dict[str, Any]]:
+    """Returns one row per case: bytes and seconds of the loop's iteration, of fastinterp, and of it with a limit."""
+    work = fixtures.random(n_prompts, min(n_pos, fixtures.model.spec.n_ctx))
+    n_layers, heads_per_layer = fixtures.shape
+    heads = [(i * n_layers // n_heads, i % heads_per_layer) for i in range(n_heads)]
+    rows = []
+    for case in cases(fixtures, work):
+        expected, loop = measure(lambda case=case: case.loop(*heads[0]), fixtures.device)
+        free, unlimited = measure(lambda case=case: case.fast(heads, None), fixtures.device)
+        wanted = max(1, loop.peak_memory_bytes // SHARE)
+        try:
+            held, limited = measure(lambda case=case, wanted=wanted: case.fast(heads, wanted), fixtures.device)
+        except OptionError as refused:
+            needed = re.search(r"it needs about (\d+)", str(refused))
+            if needed is None:
+                raise
+            wanted = int(needed[1])
+            held, limited = measure(lambda case=case, wanted=wanted: case.fast(heads, wanted), fixtures.device)
+        difference = max(float(np.abs(each[0] - expected.cpu().numpy()).max()) for each in (free, held))
+        if not difference <= TOLERANCE:
+            raise SystemExit(f"{case.name}: fastinterp and the loop differ by {difference:.1e}")
+        rows.append(
+            {
+                "case": case.name,
+                "workload": f"{work}, {n_heads} heads",
+                "largest_difference": difference,
+                "loop_bytes": loop.peak_memory_bytes,
+                "loop_seconds_per_head": loop.wall_seconds,
+                "unlimited_bytes": unlimited.peak_memory_bytes,
+                "unlimited_seconds": unlimited.wall_seconds,
+                "memory_bytes": wanted,
+                "limited_bytes": limited.peak_memory_bytes,
+                "limited_seconds": limited.wall_seconds,
+            }
+        )
+        print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row, for people."""
+    mb = {key: f"{value / 1e6:,.0f} MB" for key, value in row.items() if key.endswith("bytes")}
+    return (
+        f"{row['case']} ({row['workload']}): the loop holds {mb['loop_bytes']} ({row['loop_seconds_per_head']:.1f} s a "
+        f"head); fastinterp {mb['unlimited_bytes']} in {row['unlimited_seconds']:.1f} s, with memory_bytes="
+        f"{mb['memory_bytes']} {mb['limited_bytes']} in {row['limited_seconds']:.1f} s; largest difference "
+        f"{row['largest_difference']:.1e}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for python -m benchmarks (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=50, help="how many prompts (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=6, help="heads that fastinterp ablates (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    rows = compare(load_fixtures(options.model, device), options.prompts, options.tokens, options.heads)
+    if options.json is not None:
+        text = json.dumps({"environment": environment(device), "model": options.model, "rows": rows}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
