@@ -38,8 +38,8 @@ from fastinterp.sweep.memory import SweepMemory, check_budget
 
 Effect = Literal["total", "direct", "both"]
 
-# Tokens of a batch of which only the ends are computed, and of a prompt that is short among those.
-_END_TOKENS = 1 << 13
+# Tokens of a batch of which only the ends are computed (on a GPU, on a CPU), and of a prompt that is short among those.
+_END_TOKENS = (1 << 15, 1 << 10)
 _SHORT_PROMPT = 16
 
 
@@ -103,7 +103,7 @@ def ablate(
             are not enough for the longest prompt (before the model runs).
         PromptError: ``resample`` without a corrupt prompt of the same length.
 
-    Memory: at most ``memory_bytes``. Without it the residual streams of a group of variants (32 MiB, on a GPU 1 GiB, or
+    Memory: at most ``memory_bytes``. Without it the residual streams of a group of variants (16 MiB, on a GPU 1 GiB, or
     one variant of a batch; twice that where the metric is read at every token) and one step of them; no logits.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
@@ -244,7 +244,8 @@ class Ablation:
         budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
         if isinstance(self.pos, int) and self.pos < 0:
             # Only the ends of prompts are computed, which are seldom shorter than this.
-            return max(256, min(_END_TOKENS, budget // each * _SHORT_PROMPT // -self.pos))
+            most = _END_TOKENS[model.device.type == "cpu"]
+            return max(256, min(most, budget // each * _SHORT_PROMPT // -self.pos))
         return max(256, budget // each)
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:

@@ -19,7 +19,7 @@ _WANTED_GROUP = 16
 
 def group_bytes(device_type: str) -> int:
     """Residuals of variants that go through the model together: many steps, or all that saturates a GPU."""
-    return 1 << 25 if device_type == "cpu" else 1 << 30
+    return 1 << 24 if device_type == "cpu" else 1 << 30
 
 
 def step_tokens(device_type: str) -> int:

@@ -86,7 +86,7 @@ def run_variants(
         n_tokens: their lengths; without it every position counts as real.
         at: read the final residual at this position of each prompt only; the last block then computes little else.
         source: the prompts of the run that replacements of ``SOURCE`` are taken from, of the same shape.
-        residual_bytes: the residuals of one group's variants stay below this; by default 32 MiB (1 GiB on a GPU). The
+        residual_bytes: the residuals of one group's variants stay below this; by default 16 MiB (1 GiB on a GPU). The
             clean run goes on from group to group.
         precision: how the matrix products are done, see :func:`check_precision`.
 
