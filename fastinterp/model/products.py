@@ -6,6 +6,7 @@ four products per block. Reduced precision, and the propagation of differences, 
 
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -122,8 +123,10 @@ class Difference:
 
         y = y_clean + round(x - x_clean) @ round(W)
 
-    So rounding is relative to what the edit changes, not to the activation. Everything between the products stays as
-    it is, in float32, and evaluated on the sum.
+    So rounding is relative to what the edit changes, not to the activation. Rows that an edit leaves smaller than it
+    makes the difference (zeros, most of all, whose product has to be zero in front of a norm) are ``round(x) @
+    round(W) + b`` instead, relative to themselves. Everything between the products stays as it is, in float32, and
+    evaluated on the sum.
     """
 
     def __init__(self, clean: Recorded, rows: Int[Tensor, " row"] | None = None) -> None:
@@ -137,7 +140,7 @@ class Difference:
         W: Float[Tensor, "n_in n_out"],
         b: Float[Tensor, " n_out"] | None,
     ) -> Float[Tensor, "variant row n_out"]:
-        """Returns ``x @ W + b``; ``b`` is in the clean run's product already."""
+        """Returns ``x @ W + b``; ``b`` is in the clean run's product already, where that is added."""
         if name not in self._here:
             kept = self.clean.kept[name]
             self._here[name] = (
@@ -145,6 +148,10 @@ class Difference:
             )
         clean_x, clean_y = self._here[name]
         product: Tensor = delta_product(x, clean_x, W, clean_y, precision="bf16")
+        # |x| < |x - x_clean|, without a difference of the size of x.
+        smaller = 2 * torch.einsum("vri,ri->vr", x, clean_x) < clean_x.square().sum(-1)
+        if bool(smaller.any()):
+            product[smaller] = rounded_product(x[smaller], W, b, precision="bf16")
         return product
 
     def at(self, rows: Int[Tensor, " row"] | None) -> "Difference":

@@ -20,7 +20,7 @@ from fastinterp.model.attention import Frame, attend, ready
 from fastinterp.model.forward import mix_heads, write_norm
 from fastinterp.model.intervene import Edit, Taps
 from fastinterp.model.norms import normalize
-from fastinterp.model.products import affine
+from fastinterp.model.products import Rounded, affine
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
 from fastinterp.names import activation
@@ -198,7 +198,13 @@ class Entrance:
             copies = among.gathered(tree.row, tree.pos).apply(copies)
         W, b = {"q": (w.W_Q, w.b_Q), "k": (w.W_K, w.b_K), "v": (w.W_V, w.b_V)}[name]
         of_model = [heads[i] for i in own]
-        again = torch.einsum("...hd,hde->...he", normalize(self.spec.norm, copies, w.ln1), W[of_model])
+        x = normalize(self.spec.norm, copies, w.ln1)
+        if isinstance(w.products, Rounded):
+            # What is changed is added to the rounded product, so that rounding is not taken for an effect.
+            x = x - normalize(self.spec.norm, self.clean["resid_pre"], w.ln1).unsqueeze(-2)
+            projected[..., own, :] += torch.einsum("...hd,hde->...he", x, W[of_model])
+            return projected
+        again = torch.einsum("...hd,hde->...he", x, W[of_model])
         projected[..., own, :] = again if b is None else again + b[of_model]
         return projected
 

@@ -267,3 +267,22 @@ def test_pairs_and_paths_are_needed(zoo, prompt_set, pairs, nothing_runs):
         path_patch(zoo.model("llama-one-head-one-layer"), pairs, "all")
     with pytest.raises(OptionError, match="path_patch is not defined there"):
         path_patch(zoo.model("gemma2-softcaps"), pairs, (0, 0))
+
+
+@pytest.mark.parametrize("precision", ["exact", "delta", "tf32", "bf16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_rounding_is_no_effect(zoo, name, precision):
+    """A pair of equal prompts has none, in any precision."""
+    rng = np.random.default_rng(5)
+    same = [rng.integers(1, 370, 8).tolist() for _ in range(3)]
+    other = [[*ids[:-1], 5] for ids in same]
+    model, targets = zoo.model(name), {"answer": [5, 6, 7], "wrong": [6, 7, 8]}
+    none, some = (
+        fastinterp.path_patch(
+            model, PromptSet.of(same, corrupt=corrupt, **targets), "all", ("q", "k", "v"), precision=precision
+        )
+        for corrupt in (same, other)
+    )
+    for component in "qkv":
+        assert float(abs(some[f"logit_diff_path_{component}"]).max()) > 1e-3
+        assert float(abs(none[f"logit_diff_path_{component}"]).max()) < 1e-5

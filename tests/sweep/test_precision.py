@@ -118,6 +118,23 @@ def test_small_effects_keep_their_digits_in_delta_alone(zoo, name, tokens, n_tok
     assert float(((found - exact).norm(dim=-1).flatten() / size).median()) > 0.1
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2-softcaps", "gemma3-mixed-rope", "gpt-neox"])
+def test_what_is_put_to_zero_is_zero(zoo, name, tokens, n_tokens):
+    """A norm behind it would blow up what rounding leaves of a difference that should be minus the clean value."""
+    model, spec = zoo.model(name), zoo.model(name).spec
+    heads = [Edit(site="z", layer=layer) for layer in range(spec.n_layers)]
+    mlps = [Edit(site="mlp_out", layer=layer) for layer in range(spec.n_layers)]
+    variants = [
+        Variant(edits=(Edit(site="z", layer=0, head=0), Edit(site="z", layer=1))),
+        Variant(edits=(*heads, *mlps)),
+        Variant(edits=(Edit(site="resid_pre", layer=1),)),
+        Variant(edits=(Edit(site="resid_pre", layer=1, how="scale", replacement=1e-3),)),
+    ]
+    exact = effects(model, tokens, variants, n_tokens, "exact", None)
+    found = effects(model, tokens, variants, n_tokens, "delta", None)
+    assert float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) < 0.02
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_changes_nothing_has_no_effect(zoo, name, tokens, n_tokens, precision):
