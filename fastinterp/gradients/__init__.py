@@ -1,13 +1,14 @@
 """Gradients of metrics with respect to activations, prompt by prompt."""
 
 from fastinterp.gradients.memory import copies_at_once, kept_bytes, layer_bytes, run_bytes
-from fastinterp.gradients.objective import MetricFunction, Objective, check_function, differentiable
+from fastinterp.gradients.objective import DIFFERENTIABLE, MetricFunction, Objective, check_function, differentiable
 from fastinterp.gradients.pairs import Estimates, Pair
 from fastinterp.gradients.paths import RULES, Rule, averaged_gradients, interpolated, quadrature
 from fastinterp.gradients.reduction import REDUCED, attributions, missing_at_padding
 from fastinterp.gradients.runs import Gradients, Key, Measure, Start, Tapped, beginning, gradients, tapped
 
 __all__ = [
+    "DIFFERENTIABLE",
     "REDUCED",
     "RULES",
     "Estimates",
