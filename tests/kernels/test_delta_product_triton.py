@@ -93,7 +93,8 @@ def _triton_checks(device: str) -> dict[str, Callable[[], None]]:
             f"{check.__name__}-{mode}": partial(check, mode)
             for check in (small_tiles, no_difference, rows_stay_alone, precision)
         }
-    return checks
+    names = INTERPRETED if device == "cpu" else TRITON_CHECKS
+    return {name: checks[name] for name in names}
 
 
 PRODUCT_CASES = ["rows_123", "65_to_48", "576_to_576", "transposed_weight", "weight_bfloat16", "no_rows", "no_inputs"]
@@ -106,6 +107,16 @@ TRITON_CHECKS = [
         for name in (*CASES, *(f"product-{name}" for name in PRODUCT_CASES), *OTHERS)
     ),
 ]  # fmt: skip
+# tf32 and bf16 differ from the two others in how an operand is rounded alone.
+ROUNDED_ONCE = {
+    "rows_1", "rows_31", "65_to_48", "576_to_576", "strided_inputs", "small_edits", "zero_edits", "weight_float16",
+    "inputs_bfloat16", "no_inputs", "product-65_to_48", "product-weight_bfloat16", "no_difference", "precision",
+}  # fmt: skip
+INTERPRETED = [
+    name
+    for name in TRITON_CHECKS
+    if not name.endswith(("-tf32", "-bf16")) or name.rpartition("-")[0] in ROUNDED_ONCE
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +124,7 @@ def interpreted() -> dict[str, str | None]:
     return run_interpreted(__file__)
 
 
-@pytest.mark.parametrize("name", TRITON_CHECKS)
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted(name: str, interpreted: dict[str, str | None]) -> None:
     assert interpreted[name] is None, interpreted[name]
 
