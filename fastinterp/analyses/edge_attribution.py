@@ -39,8 +39,11 @@ def edge_attribution(
 ) -> xr.Dataset:
     """Returns the estimated effect of every edge: of one component reading another one's value of the other run.
 
-    ``score = sum over positions of (source_other - source_base) . d metric / d (what the destination reads)``, which
-    estimates ``metric(patched run) - metric(base run)`` of :func:`path_patch` to first order, for all edges at once.
+    ``score = sum over positions of (source_other - source_base) . d metric / d (what the destination reads)``. With
+    ``"eap"`` it is the first-order estimate of ``metric(patched run) - metric(base run)`` of :func:`path_patch`, for
+    all edges at once; with ``"eap-ig"`` a share of ``metric(source) - metric(base)`` rather than any single patch's
+    effect.
+
     Sources are ``embed`` (token and position), every head (``z_h W_O[h]``) and every MLP; destinations are every head's
     query (``L9H6.q``), every KV head's key and value (``L9KV2.k``, ``L9KV2.v``), every MLP (``MLP9``) and ``logits``,
     the residual in front of the final norm. The gradient is that at the destination's own copy of the residual in front

@@ -8,8 +8,8 @@ write, one with gradients what destinations make of it. Then, for some tokens at
 
     [source, pos * d_model] @ [pos * d_model, destination]
 
-Cost per token: ``2 * d_model`` operations for each edge (SmolLM2-135M: 72 thousand edges, 83 MFLOP, as much as 0.4
-forwards) and ``2 * d_model * d_head`` for each head's ``z W_O`` and each query, key and value head's gradient. Going
+Cost per token: ``2 * d_model`` operations for each edge (SmolLM2-135M: 71 thousand edges, 81 MFLOP, where a forward
+has 212) and ``2 * d_model * d_head`` for each head's ``z W_O`` and each query, key and value head's gradient. Going
 through the low rank of ``z`` would cost ``2 * d_head^2`` for each pair of heads: more, as ``d_head^2 > d_model``.
 """
 
