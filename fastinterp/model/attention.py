@@ -1,7 +1,7 @@
 """Grouped-query causal attention: from the residual to ``z``, the mixed values of every head."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +154,32 @@ def ready(
 
 
 SPLIT_INPUTS = ("attn_in", "q_input", "k_input", "v_input")
+SHARED_NORM = ("ln1_scale", "ln1_normalized")
+
+
+def check_split_inputs(spec: ModelSpec, layer: int, edited: Collection[str]) -> None:
+    """Raises :class:`~fastinterp.errors.OptionError` for sites of a layer that cannot be edited in one run."""
+    if "attn_in" in edited and spec.attention.group > 1:
+        raise _unclear_copies(spec, layer)
+    # attn_in is the input of queries, keys and values.
+    name = "q_input" if "attn_in" in edited else next((name for name in SPLIT_INPUTS if name in edited), None)
+    norm = next((norm for norm in SHARED_NORM if norm in edited), None)
+    if name is not None and norm is not None:
+        raise _two_norms(layer, norm, name)
+
+
+def _unclear_copies(spec: ModelSpec, layer: int) -> OptionError:
+    return OptionError(
+        f"attn_in of layer {layer} cannot be hooked: {spec.attention.n_heads} query heads share "
+        f"{spec.attention.n_kv_heads} KV heads, and it is not clear whose copy those read; use q_input, k_input, "
+        "v_input"
+    )
+
+
+def _two_norms(layer: int, norm: str, name: str) -> OptionError:
+    return OptionError(
+        f"{norm} of layer {layer} is replaced, but {name} gives every head a norm of its own: hook one or the other"
+    )
 
 
 def _from_split_inputs(
@@ -175,10 +201,7 @@ def _from_split_inputs(
     wanted = taps.wants("attn_in", layer) and (attention.group == 1 or ("attn_in", layer) in taps.edits)
     common = attn_in is not shared or (attn_in.requires_grad and wanted)
     if common and attention.group > 1:
-        raise OptionError(
-            f"attn_in of layer {layer} cannot be hooked: {attention.n_heads} query heads share "
-            f"{attention.n_kv_heads} KV heads, and it is not clear whose copy those read; use q_input, k_input, v_input"
-        )
+        raise _unclear_copies(spec, layer)
     n_kv = attention.n_kv_heads
     results = []
     for name, n_heads, W, b, done in (
@@ -189,12 +212,9 @@ def _from_split_inputs(
         seen = attn_in if common else resid.unsqueeze(-2).expand(*resid.shape[:-1], n_heads, -1)
         own = taps(name, layer, seen)
         if common or own is not seen or (own.requires_grad and taps.wants(name, layer)):
-            for norm in ("ln1_scale", "ln1_normalized"):
+            for norm in SHARED_NORM:
                 if taps.changes(norm, layer):
-                    raise OptionError(
-                        f"{norm} of layer {layer} is replaced, but {name} gives every head a norm of its own: hook one "
-                        "or the other"
-                    )
+                    raise _two_norms(layer, norm, name)
             done = torch.einsum("...hd,hde->...he", normalize(spec.norm, own, w.ln1), W)
             done = done if b is None else done + b
         results.append(done)
@@ -215,6 +235,7 @@ def attend(
     Packed queries, keys and values are spread over the prompts for this and ``z`` is packed again.
     """
     if frame.shared is not None:
+        assert not taps.wants_any(("attn_scores", "pattern"), layer), "scores and patterns are those of whole sequences"
         return attend_behind(spec, layer, q, k, v, frame.shared)
     if (tree := frame.tree) is not None:
         spread = dataclasses.replace(frame, tree=None)

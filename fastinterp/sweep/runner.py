@@ -24,15 +24,13 @@ from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.products import Difference, Recorded
 from fastinterp.model.weights import BlockWeights
+from fastinterp.sweep.groups import Planned, by_start, first_layer, groups
 from fastinterp.sweep.memory import SweepMemory, group_bytes, score_bytes, step_tokens
 from fastinterp.sweep.precision import Precision, check_precision, clean_products, clean_weights
 from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.source import SourceRun
 from fastinterp.sweep.stack import CleanLayer, Stack
 from fastinterp.sweep.variants import Variant
-
-# Ends of prompts are computed by themselves below this share of the tokens: their attention is slower for each.
-_ENDS_SHARE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,9 @@ def run_variants(
 
     Raises:
         SiteRangeError: a layer, head or neuron that the model does not have.
-        OptionError: an edit with ``SOURCE`` where there is no source; a precision that the model does not have.
+        UnknownActivationError: a site that this architecture does not have.
+        OptionError: an edit with ``SOURCE`` where there is no source; a precision that the model does not have; a site
+            behind the final residual; in one variant and layer, sites that cannot be edited together.
 
     Memory: ``residual_bytes`` (twice that where every position is read) plus the activations of one step.
     """
@@ -156,15 +156,15 @@ def sweep(
         step_tokens=step_tokens(device) if memory is None else memory.step_tokens,
         score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
     )  # fmt: skip
-    planned = [_Planned.of(job, i, variants[i]) for i in passing]
+    planned = [Planned.of(model, tree, n_tokens, i, variants[i]) for i in passing]
     planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
     owed = clean_first
     if residual_bytes is None:
         residual_bytes = group_bytes(device) if memory is None else memory.residual_bytes
-    groups = list(_groups(planned, residual_bytes))
+    cut = list(groups(planned, residual_bytes))
     progress = _Progress()
-    for number, group in enumerate(groups, start=1):
-        then = _first_layer(groups[number]) if number < len(groups) else 0
+    for number, group in enumerate(cut, start=1):
+        then = first_layer(cut[number]) if number < len(cut) else 0
         yield from _run_group(job, group, progress, then=then, clean_first=owed)
         owed = False
     if owed:
@@ -172,48 +172,6 @@ def sweep(
     for index, stage in enumerate(stages):
         if stage == "forward":
             yield _whole_forward(job, index, variants[index])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Planned:
-    """A variant, from where on it can differ (None: everywhere), and the bytes of its residual."""
-
-    index: int
-    variant: Variant
-    start: tuple[int, ...] | None
-    n_bytes: int
-
-    @classmethod
-    def of(cls, job: Job, index: int, variant: Variant) -> "_Planned":
-        tree, spec = job.tree, job.model.spec
-        each = spec.d_model * job.model.weights.W_E.element_size()
-        start: tuple[int, ...] | None = None
-        rows = max(tree.n_nodes, tree.node.numel())
-        # Scores and patterns of later layers are those of whole sequences.
-        if not any(edit.by_query and edit.layer > variant.first_layer for edit in variant.edits):
-            begins = variant.start(job.n_tokens)
-            width = int((job.n_tokens - begins).max())
-            if len(begins) * width < _ENDS_SHARE * tree.n_nodes:
-                start, rows = tuple(begins.tolist()), len(begins) * width
-        return cls(index=index, variant=variant, start=start, n_bytes=rows * each)
-
-
-def _groups(planned: Sequence[_Planned], residual_bytes: int) -> Iterator[list[_Planned]]:
-    """Cuts the variants into groups whose residuals stay below the bytes given; one variant always fits."""
-    group: list[_Planned] = []
-    total = 0
-    for each in planned:
-        if group and total + each.n_bytes > residual_bytes:
-            yield group
-            group, total = [], 0
-        group.append(each)
-        total += each.n_bytes
-    if group:
-        yield group
-
-
-def _first_layer(group: Sequence[_Planned]) -> int:
-    return group[0].variant.first_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +190,7 @@ class _Progress:
     begin: _Begin | None = None
 
 
-def _run_group(
-    job: Job, group: list[_Planned], progress: _Progress, *, then: int, clean_first: bool
-) -> Iterator[Swept]:
+def _run_group(job: Job, group: list[Planned], progress: _Progress, *, then: int, clean_first: bool) -> Iterator[Swept]:
     """One pass; in two halves, one after the other, where the memory is not enough.
 
     ``then`` is the first layer of the next group.
@@ -250,14 +206,14 @@ def _run_group(
             torch.cuda.empty_cache()
         half = len(group) // 2
         lower, upper = group[:half], group[half:]
-        yield from _run_group(job, lower, progress, then=_first_layer(upper), clean_first=clean_first)
+        yield from _run_group(job, lower, progress, then=first_layer(upper), clean_first=clean_first)
         yield from _run_group(job, upper, progress, then=then, clean_first=False)
     else:
         while found:
             yield found.pop(0)
 
 
-def _passed(job: Job, group: list[_Planned], progress: _Progress, *, then: int, clean_first: bool) -> list[Swept]:
+def _passed(job: Job, group: list[Planned], progress: _Progress, *, then: int, clean_first: bool) -> list[Swept]:
     """The results of one pass, of which nothing else stays alive but where the next one begins."""
     one = _Pass(job, group, progress.begin)
     found = list(one.run(then))
@@ -276,9 +232,9 @@ def _clean_forward(job: Job) -> Float[Tensor, "batch *pos d_model"]:
 
 def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
     """For edits outside of the blocks. There all differs from the clean run: with ``delta`` such a run is exact."""
-    model = job.model
-    taps = Taps.of(model.spec.n_layers, edits=SourceRun.resolve_all(job.model, job.source, variant.edits))
-    final = forward(model.spec, clean_weights(model, job.precision), job.tokens, taps=taps)
+    spec, weights = job.model.spec, clean_weights(job.model, job.precision)
+    edits = SourceRun.resolve_all(spec, weights, job.source, variant.edits)
+    final = forward(spec, weights, job.tokens, taps=Taps.of(spec.n_layers, edits=edits))
     if job.at is not None:
         final = final[torch.arange(len(final), device=final.device), job.at]
     return Swept(indices=[index], resid=final[None])
@@ -287,7 +243,7 @@ def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
 class _Pass:
     """One pass over the layers for a group of variants."""
 
-    def __init__(self, job: Job, group: Sequence[_Planned], begin: _Begin | None = None) -> None:
+    def __init__(self, job: Job, group: Sequence[Planned], begin: _Begin | None = None) -> None:
         self.job, self.spec, self.weights = job, job.model.spec, clean_weights(job.model, job.precision)
         self.clean = embed(self.weights, job.tokens, tree=job.tree) if begin is None else begin.clean
         self.whole = Rows.whole(self.spec, job.tree, self.clean.dtype)
@@ -298,12 +254,12 @@ class _Pass:
         taking = (e.layer for each in group for e in each.variant.edits if isinstance(e.replacement, str))
         self.source_layers = 1 + max(taking, default=-1)
         self.reached: _Begin | None = begin
-        self.stacks = [self._stack(start, members) for start, members in _by_start(group)]
+        self.stacks = [self._stack(start, members) for start, members in by_start(group)]
         self.ends = any(stack.rows.start is not None for stack in self.stacks)
         self.first_layer = 0 if begin is None else begin.layer
         self.clean_layers, self.clean_at_rows = self.first_layer, False
 
-    def _stack(self, start: tuple[int, ...] | None, members: list[_Planned]) -> Stack:
+    def _stack(self, start: tuple[int, ...] | None, members: list[Planned]) -> Stack:
         job, rows = self.job, self.whole
         if start is not None:
             begins = torch.tensor(start, device=job.tokens.device)
@@ -384,10 +340,3 @@ class _Pass:
             return everywhere
         # The last block may have been computed at these positions alone.
         return self.clean[0] if self.clean_at_rows else self.clean[0, tree.nodes_at(at)]
-
-
-def _by_start(group: Sequence[_Planned]) -> list[tuple[tuple[int, ...] | None, list[_Planned]]]:
-    apart: dict[tuple[int, ...] | None, list[_Planned]] = {}
-    for each in group:
-        apart.setdefault(each.start, []).append(each)
-    return list(apart.items())

@@ -10,6 +10,8 @@ from fastinterp.model.forward import block, embed, forward
 from fastinterp.model.intervene import Capture, Edit, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.products import EXACT, Products
+from fastinterp.model.spec import ModelSpec
+from fastinterp.model.weights import Weights
 from fastinterp.names import activation
 
 
@@ -41,7 +43,9 @@ class SourceRun:
         return {name: value for (name, _), value in taps.values.items()}
 
     @staticmethod
-    def resolve_all(model: Model, tokens: Int[Tensor, "batch pos"] | None, edits: Sequence[Edit]) -> list[Edit]:
+    def resolve_all(
+        spec: ModelSpec, weights: Weights, tokens: Int[Tensor, "batch pos"] | None, edits: Sequence[Edit]
+    ) -> list[Edit]:
         """Returns edits of any layers with their values from a whole source run."""
         wanted = {(edit.site, edit.layer) for edit in edits if isinstance(edit.replacement, str)}
         if not wanted:
@@ -50,8 +54,8 @@ class SourceRun:
         captures = [
             Capture(name=site, layers=(layer,) if activation(site).per_layer else None) for site, layer in wanted
         ]
-        taps = Taps.of(model.spec.n_layers, capture=captures)
-        forward(model.spec, model.weights, tokens, taps=taps)
+        taps = Taps.of(spec.n_layers, capture=captures)
+        forward(spec, weights, tokens, taps=taps)
         resolved = []
         for edit in edits:
             if isinstance(edit.replacement, str):

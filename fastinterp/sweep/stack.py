@@ -1,13 +1,13 @@
 """Edited runs that are carried through the layers together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.model.attention import Frame
+from fastinterp.model.attention import SHARED_NORM, SPLIT_INPUTS, Frame
 from fastinterp.model.forward import block, block_at, mlp_residual
 from fastinterp.model.intervene import Edit, Taps
 from fastinterp.model.model import Model
@@ -58,7 +58,7 @@ class Stack:
         like: Tensor,
     ) -> None:
         spec = self.spec = model.spec
-        members = sorted(members, key=lambda m: (m[1].first_layer, _ORDER[m[1].stage(spec)]))
+        members = sorted(members, key=lambda m: (m[1].first_layer, _ORDER[m[1].stage(spec)], _edits_norm(m[1].edits)))
         self.indices = [index for index, _ in members]
         self.variants = [variant for _, variant in members]
         self.stages = [variant.stage(spec) for variant in self.variants]
@@ -126,7 +126,8 @@ class Stack:
             assert clean.ready_k is not None
             frame = rows.seeing(clean.ready_k, clean.values["v"])
         w = clean.multiplied_at(rows.node)
-        for part in self._parts(members, self._step_variants()):
+        size = self._step_variants()
+        for part in (part for run in _compatible(members, edits) for part in self._parts(run, size)):
             resid = self.resid[part.start : part.stop]
             taps = self._taps(part, edits, rows)
             if reading is None:
@@ -179,3 +180,24 @@ class Stack:
             apart: Tensor = self.resid.unflatten(1, (len(rows.start), rows.width))
             return apart
         return rows.tree.spread(self.resid)[:, :, : self.n_pos]
+
+
+def _edits_norm(edits: Sequence[Edit]) -> bool:
+    return any(edit.site in SHARED_NORM for edit in edits)
+
+
+def _compatible(members: range, edits: Mapping[int, Sequence[Edit]]) -> Iterator[range]:
+    """Cuts members where one edits the norm that all heads share, and another inputs that heads norm by themselves.
+
+    No block can be run with both, and no single variant has both.
+    """
+    begin, before = members.start, None
+    for i in members:
+        norm = _edits_norm(edits[i])
+        if not norm and not any(edit.site in SPLIT_INPUTS for edit in edits[i]):
+            continue
+        if before is not None and norm != before:
+            yield range(begin, i)
+            begin = i
+        before = norm
+    yield range(begin, members.stop)

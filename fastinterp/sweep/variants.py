@@ -9,7 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fastinterp.errors import OptionError
-from fastinterp.model.intervene import Edit
+from fastinterp.model.attention import SPLIT_INPUTS, check_split_inputs
+from fastinterp.model.forward import check_taps, missing_because
+from fastinterp.model.intervene import Edit, Taps
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation, check_index
 
@@ -25,11 +27,17 @@ ATTENTION = INPUTS | {"q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern"}
 HEADS = frozenset({"z", "result"})
 """Sites that change what some heads write."""
 
+WRITE_NORM = frozenset({"ln1_post_scale", "ln1_post_normalized"})
+"""Sites inside of the norm of what all heads write."""
+
 WRITTEN = frozenset({"attn_raw", "attn_out", "resid_mid"})
 """Sites between the heads and the MLP, each a sum with the clean one."""
 
 AFTER = frozenset({"post", "mlp_raw", "mlp_out", "resid_post"})
 """Sites behind the MLP's nonlinearity."""
+
+BEHIND = frozenset({"ln_final_scale", "ln_final_normalized"})
+"""Sites that no final residual depends on."""
 
 Stage = Literal["block", "heads", "post", "forward"]
 
@@ -46,17 +54,33 @@ class Variant:
             raise OptionError("a variant needs at least one edit: Variant(edits=(Edit(site='z', layer=0, head=0),))")
 
     def resolved(self, spec: ModelSpec) -> "Variant":
-        """Returns the variant with layers counted from the first; raises :class:`SiteRangeError` for absent ones."""
+        """Returns the variant with layers counted from the first.
+
+        Raises:
+            SiteRangeError: a layer, head or neuron that the model does not have.
+            UnknownActivationError: a site that this architecture does not have.
+            OptionError: a site behind the final residual, or two that cannot be edited in one run.
+        """
         edits = []
         for edit in self.edits:
             layer = check_index("layer", edit.layer, spec.n_layers)
-            dims = activation(edit.site).dims
+            site = activation(edit.site)
+            if missing_because(spec, edit.site):
+                check_taps(spec, Taps(wanted=frozenset({(edit.site, layer if site.per_layer else None)})))
+            if edit.site in BEHIND:
+                raise OptionError(
+                    f"{edit.site} is behind the final residual, with which a sweep ends: edit resid_post of layer "
+                    f"{spec.n_layers - 1}, or give the taps to final_logits"
+                )
+            dims = site.dims
             if edit.head is not None:
                 n_heads = spec.attention.n_kv_heads if "kv_head" in dims else spec.n_heads
                 check_index("kv_head" if "kv_head" in dims else "head", edit.head, n_heads)
             if edit.neuron is not None:
                 check_index("neuron", edit.neuron, spec.mlp.d_mlp)
             edits.append(edit if edit.layer == layer else dataclasses.replace(edit, layer=layer))
+        for layer in {edit.layer for edit in edits if edit.site in SPLIT_INPUTS}:
+            check_split_inputs(spec, layer, {edit.site for edit in edits if edit.layer == layer})
         return Variant(edits=tuple(edits))
 
     @property
@@ -79,9 +103,14 @@ class Variant:
         sites = {edit.site for edit in self.at_layer(self.first_layer)}
         if sites <= AFTER:
             return "post"
-        if sites & BEFORE or (spec.parallel and not sites <= ATTENTION | HEADS):
+        if sites & (BEFORE | WRITE_NORM) or (spec.parallel and not sites <= ATTENTION | HEADS):
             return "block"
         return "heads" if sites & (ATTENTION | HEADS | WRITTEN) else "block"
+
+    def needs_whole_sequences(self, spec: ModelSpec) -> bool:
+        """Whether a block is run with edits of its scores or patterns, which are those of whole sequences."""
+        by_query = [edit.layer for edit in self.edits if edit.by_query]
+        return bool(by_query) and (max(by_query) > self.first_layer or self.stage(spec) == "block")
 
     @property
     def enters_by_heads(self) -> bool:
