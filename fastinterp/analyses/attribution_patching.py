@@ -198,6 +198,13 @@ class AttributionPatch:
     def prepared(self, model: Model, prompts: TokenizedPrompts) -> tuple["AttributionPatch", TokenizedPrompts]:
         """Checks the pairs and the metric."""
         self.check_fits(model.spec)
+        self.check_prompts(prompts)
+        if self.function is not None:
+            check_function(self.function, model, prompts)
+        return dataclasses.replace(self, longest=prompts.max_len), prompts
+
+    def check_prompts(self, prompts: TokenizedPrompts) -> None:
+        """Raises for prompts without corrupt ones, and for prompts that the metric has no value for."""
         if prompts.corrupt is None:
             raise PromptPairError(
                 "patching needs a corrupt prompt for every prompt: PromptSet.of(prompts=..., corrupt=...), of the same "
@@ -209,9 +216,6 @@ class AttributionPatch:
                 f"metric {self.metric_name!r} is the mean over next tokens, and {len(short)} prompts have none, first "
                 f"prompt {short[0]} (id {prompts.ids[short[0]]!r}), of one token: leave them out, or choose 'logprob'"
             )
-        if self.function is not None:
-            check_function(self.function, model, prompts)
-        return dataclasses.replace(self, longest=prompts.max_len), prompts
 
     def tokens_per_batch(self, model: Model) -> int:
         """As many tokens as keep what a run with gradients holds within 256 MiB (8 GiB on a GPU), at least 128."""

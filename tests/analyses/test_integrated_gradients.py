@@ -138,7 +138,7 @@ def close(pairs):
 @pytest.mark.parametrize("method", ["ig", "ig_inputs"])
 def test_more_steps_are_closer_to_the_effect(zoo, pairs, method):
     model = zoo.model("gpt-neox", dtype=torch.float64)
-    sites = ("mlp_out", "attn_out", "resid_post") if method == "ig" else ("z",)
+    sites = ("mlp_out", "attn_out") if method == "ig" else ("z",)
     wanted = [f"logit_diff_completeness_{site}" for site in sites] if method == "ig" else ["logit_diff_completeness"]
 
     def worst(rule, steps):
@@ -167,6 +167,28 @@ def test_the_sum_of_a_site_is_its_patch(zoo, pairs):
         np.testing.assert_allclose(error, total - effect, atol=1e-9)
 
 
+FAMILIES = [
+    "gpt-neo", "gptj", "opt", "llama3-rope", "qwen2-windows", "qwen3-biases-mha-wide-head-windows-tied",
+    "gemma-mqa-wide-head", "gemma3-mixed-rope", "phi-gqa-wide-head", "phi3-gqa-window", "starcoder2-gqa-window",
+    "stablelm-gqa", "gpt-neox-sequential-no-attention-bias-wide-head", "mistral-window",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attributions_sum_to_the_effect_in_every_family(zoo, pairs, name):
+    """A wrong gradient would be off by as much as the effect itself; with the ReLU of OPT integrals converge slowly."""
+    model = zoo.model(name, dtype=torch.float64)
+    sites = ("v", "z", "mlp_out")
+    first = close(PromptSet.of(pairs.prompts[:1], corrupt=pairs.corrupt[:1], answer=[30], wrong=[31]))
+    found = attribution_patch(model, first, sites, method="ig", rule="gauss", steps=10)
+    for site in sites:
+        total = found[f"logit_diff_attribution_{site}"]
+        total = total.sum([dim for dim in total.dims if dim.endswith("head")])
+        error = np.abs(found[f"logit_diff_completeness_{site}"])
+        assert float(np.abs(total).max()) > 0.05
+        assert float(error.max()) < 0.05 * float(np.abs(total).max()), site
+
+
 def linear_behind_attention(model):
     """The model with norms that divide by a constant, 1, and without its last MLP: the logits are linear in ``z``."""
     spec = dataclasses.replace(model.spec, norm=dataclasses.replace(model.spec.norm, eps=1e20))
@@ -179,9 +201,9 @@ def linear_behind_attention(model):
 
 def test_what_is_linear_needs_one_step(zoo, pairs):
     model = linear_behind_attention(zoo.model("llama-gqa", dtype=torch.float64))
-    sites = ("z", "v", "pattern", "attn_out")
+    sites = ("z", "pattern")
     plain = attribution_patch(model, pairs, sites)
-    for rule, steps in ((rule, steps) for rule in RULES for steps in (1, 3)):
+    for rule, steps in [*((rule, 1) for rule in RULES), ("midpoint", 4)]:
         found = attribution_patch(model, pairs, sites, method="ig", rule=rule, steps=steps)
         for site in sites:
             total, error = (found[f"logit_diff_{what}_{site}"] for what in ("attribution", "completeness"))
