@@ -240,12 +240,12 @@ class EdgeAttribution:
         differs = ((base.tokens != source.tokens).cumsum(-1) > 0) & base.mask
         exist = torch.as_tensor(edges_exist(model.spec), device=begin.device)
         scores = torch.zeros((len(base), *exist.shape), dtype=wide, device=begin.device)
-        changes = None if plain is None else difference(other, plain, base.mask)
+        changes = None if plain is None else difference(other, plain)
         for alpha, weight in self._points:
             start = begin if alpha == 0.0 else torch.lerp(begin, end, alpha)
             readings, written = run_gradients(model, start, objective)
             if plain is None or changes is None:
-                plain, changes = written, difference(other, written, base.mask)
+                plain, changes = written, difference(other, written)
             add_scores(scores, model, changes, readings, differs, weight=weight)
         assert plain is not None
         name = self.metric_name

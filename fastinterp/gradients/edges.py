@@ -123,13 +123,12 @@ def _written(model: Model, start: Tensor, resid: Tensor, taps: Taps) -> Written:
 
 
 @torch.no_grad()
-def difference(source: Written, base: Written, real: Bool[Tensor, "batch pos"]) -> Written:
-    """Returns ``source - base``, in float32 at least and 0 at padding."""
+def difference(source: Written, base: Written) -> Written:
+    """Returns ``source - base``, in float32 at least. At padding it is any number, and gradients are 0."""
 
     def less(a: Tensor, b: Tensor) -> Tensor:
         wide = torch.promote_types(a.dtype, torch.float32)
-        mask = real.view(*real.shape, *[1] * (a.ndim - 2))
-        return torch.sub(a.to(wide), b.to(wide)).masked_fill_(~mask, 0.0)
+        return torch.sub(a.to(wide), b.to(wide))
 
     return Written(
         embed=less(source.embed, base.embed),
@@ -165,9 +164,9 @@ def add_scores(
 ) -> None:
     """Adds ``weight`` times every edge's score to ``scores``; where there is no edge, what is there counts for nothing.
 
-    ``written`` is the difference of two runs (:func:`difference`), and 0 where ``differs`` is False: nothing is
-    computed outside of the span of positions where some prompt differs. Memory: ``chunk_bytes`` (64 MiB, on a GPU
-    1 GiB), at least one token's sources.
+    ``written`` is the difference of two runs (:func:`difference`). Where ``differs`` is False it counts for nothing:
+    nothing is computed outside of the span of positions where some prompt differs. Memory: ``chunk_bytes`` (64 MiB, on
+    a GPU 1 GiB), at least one token's sources.
     """
     each = (len(sources(model.spec)) + 2 * _GROUP) * model.spec.d_model * written.embed.element_size()
     if chunk_bytes is None:

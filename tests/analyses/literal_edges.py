@@ -14,13 +14,13 @@ EXACT = 1e-9
 
 
 def pairs_of(token_prompts, answers):
-    """Three pairs of different lengths."""
+    """Three pairs of different lengths: one differs at its end alone, one everywhere, one at its beginning."""
     rows = [row for row, prompt in enumerate(token_prompts) if 1 < len(prompt) < 8][:3]
     prompts = [token_prompts[row] for row in rows]
     generator = torch.Generator().manual_seed(3)
     corrupt = [torch.randint(1, 379, (len(prompt),), generator=generator).tolist() for prompt in prompts]
-    # Of one pair only the end differs.
     corrupt[0][:-1] = prompts[0][:-1]
+    corrupt[2][2:] = prompts[2][2:]
     columns = {name: [column[row] for row in rows] for name, column in answers.items()}
     return PromptSet.of(prompts, corrupt=corrupt, **columns)
 
