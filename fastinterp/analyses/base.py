@@ -114,7 +114,8 @@ def check_fits(model: Model, prompts: TokenizedPrompts) -> None:
         raise PromptTooLongError(
             f"the prompts have up to {prompts.max_len} tokens, the model's context is {model.spec.n_ctx}: {again}"
         )
-    columns = [*prompts.tokens, *(ids for ids in (prompts.answer, prompts.wrong) if ids is not None)]
+    columns = [*prompts.tokens, *(prompts.corrupt or ())]
+    columns += [ids for ids in (prompts.answer, prompts.wrong) if ids is not None]
     largest = max((int(ids.max(initial=-1)) for ids in columns), default=-1)
     if largest >= model.spec.d_vocab:
         raise TokenRangeError(
