@@ -12,9 +12,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fastinterp.analyses import budget
+from fastinterp.analyses.ablation_costs import ablation_costs, usual_tokens
 from fastinterp.analyses.base import Field, collect, tokenized
 from fastinterp.analyses.direct_units import direct_values
-from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, check_edited, edited_positions
+from fastinterp.analyses.edited_positions import EditPos, check_edited, checked_edit_pos, edited_positions
 from fastinterp.analyses.measuring import Clean, clean_run, sweep_values
 from fastinterp.analyses.replacements import (
     MODES,
@@ -22,25 +23,22 @@ from fastinterp.analyses.replacements import (
     Means,
     Mode,
     check_reference,
+    check_seed,
     edit_of,
     mean_activations,
+    reference_tokens,
     with_source,
 )
-from fastinterp.analyses.units import ChosenUnits, Units, choose_units
+from fastinterp.analyses.units import ChosenUnits, Units, choose_units, listed_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
-from fastinterp.sweep.costs import Demand
 from fastinterp.sweep.memory import SweepMemory, check_budget
 
 Effect = Literal["total", "direct", "both"]
-
-# Tokens of a batch of which only the ends are computed (on a GPU, on a CPU), and of a prompt that is short among those.
-_END_TOKENS = (1 << 15, 1 << 10)
-_SHORT_PROMPT = 16
 
 
 def ablate(
@@ -49,7 +47,7 @@ def ablate(
     units: Units = "heads",
     mode: Mode | Sequence[Mode] = "zero",
     metric: str | Sequence[str] = "logit_diff",
-    pos: EditPos = "all",
+    pos: EditPos | np.ndarray = "all",
     effect: Effect = "total",
     reference: PromptSet | TokenizedPrompts | None = None,
     mean_over: MeanOver = "tokens",
@@ -72,17 +70,19 @@ def ablate(
     Args:
         units: ``"heads"`` (``z`` of every query head, ``b_O`` stays), ``"mlps"`` (``mlp_out``), ``"attns"``
             (``attn_out``), ``"layers"`` (both), ``"neurons"`` (``post``), or a list of heads ``(10, 7)``, labels
-            (``"L10H7"``, ``"MLP3"``, ``"ATTN3"``, ``"L3N17"``) and lists of these, which are ablated together.
+            (``"L10H7"``, ``"MLP3"``, ``"ATTN3"``, ``"L3N17"``) and lists of these, which are ablated together; or
+            an array with a row for each head.
         mode: what stands in place: ``"zero"``; ``"mean"`` over all tokens of ``reference``; ``"resample"``, what the
-            unit gives in the corrupt prompt (without a corrupt column: in another prompt of the same length, drawn by
-            ``seed``). Several at once share the clean run.
+            unit gives in the corrupt prompt (without a corrupt column: in a different prompt of the same length, drawn
+            by ``seed``). Several at once share the clean run.
         metric: any metric, or several, which share the sweep. All are read at the prompt's last token, but ``loss``
             at every token.
         pos: where units are ablated: ``"all"``, an integer (-1 is the prompt's last token), a slice, one integer for
             each prompt, or ``"each"``: every position by itself, along a dim ``edit_pos``.
         effect: ``"total"`` runs the rest of the model again; ``"direct"`` changes what the unit adds to the logits
             alone, with the final norm's (and post-norms') scale frozen; ``"both"``.
-        reference: prompts of the mean; by default ``prompts`` themselves.
+        reference: prompts of the mean; by default ``prompts`` themselves. Text begins with BOS where ``prompts`` do;
+            answers do not matter. Only ``"mean"`` reads this and ``mean_over``, only ``"resample"`` reads ``seed``.
         mean_over: ``"tokens"``, one mean of all real tokens, or ``"pos"``, one for each position.
         precision: how the sweep's matrix products are done: ``"exact"``; ``"delta"``, the difference from the clean
             run in bfloat16 products, close to exact effects at the speed of tensor cores; or ``"tf32"`` and ``"bf16"``,
@@ -101,7 +101,7 @@ def ablate(
         SiteRangeError: a head, layer, neuron or position that there is not.
         OptionError: units, modes, metrics and options that do not exist or do not go together; ``memory_bytes`` that
             are not enough for the longest prompt (before the model runs).
-        PromptError: ``resample`` without a corrupt prompt of the same length.
+        PromptError: ``resample`` without a corrupt prompt, or a different one, of the same length.
 
     Memory: at most ``memory_bytes``. Without it the residual streams of a group of variants (16 MiB, on a GPU 1 GiB, or
     one variant of a batch; twice that where the metric is read at every token) and one step of them; no logits.
@@ -114,12 +114,12 @@ def ablate(
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     names = (metric,) if isinstance(metric, str) else tuple(metric)
     analysis = Ablation(
-        units=units, modes=modes, metric_names=names, pos=pos, effect=effect, mean_over=mean_over, seed=seed,
-        precision=precision, memory_bytes=memory_bytes,
+        units=units, modes=modes, metric_names=names, pos=checked_edit_pos(pos), effect=effect,
+        mean_over=mean_over, seed=seed, precision=precision, memory_bytes=memory_bytes,
     )  # fmt: skip
-    choose_units(model.spec, units)
+    choose_units(model.spec, analysis.units)
     tokens = tokenized(model, prompts, analysis.metric)
-    known = None if reference is None else tokenized(model, reference, get_metric("loss"))
+    known = None if reference is None else reference_tokens(model, reference, tokens)
     prepared, tokens = analysis.prepared(model, tokens, known)
     return budget.with_plan(collect(prepared, model, tokens), prepared.batches)
 
@@ -142,7 +142,7 @@ class Ablation:
     n_prompts: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuses modes, metrics, positions and effects that there are not."""
+        """Refuses modes, metrics, positions, effects and seeds that there are not."""
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise OptionError(f"mode={self.modes!r}: give one of {', '.join(MODES)}, or several different ones")
         if not self.metric_names or len(set(self.metric_names)) < len(self.metric_names):
@@ -154,7 +154,10 @@ class Ablation:
         check_choice("effect", self.effect, ("total", "direct", "both"))
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
         check_choice("precision", self.precision, PRECISIONS)
-        check_edit_pos(self.pos)
+        # What was given as arrays or can be gone through only once, as tuples of integers.
+        object.__setattr__(self, "units", listed_units(self.units))
+        object.__setattr__(self, "pos", checked_edit_pos(self.pos))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         check_budget(self.memory_bytes)
 
     @property
@@ -195,58 +198,36 @@ class Ablation:
         return dataclasses.replace(self, batches=budget.plan_batches(costs, prompts, self.memory_bytes, usual))
 
     def _costs(self, model: Model, n_targets: int, mean_pos: int, mean_prompts: int = 1) -> budget.Costs:
-        chosen = choose_units(model.spec, self.units)
-        each = self.pos == "each"
-        demand = None
-        if "total" in self.effects:
-            demand = Demand(
-                n_units=len(chosen.units) * len(self.modes),
-                sites=frozenset(chosen.sites),
-                measured=budget.measured_by(self.metrics, n_targets),
-                pos_axes=int(each),
-                width=-self.pos if isinstance(self.pos, int) and self.pos < 0 else None,
-                partial=self.pos != "all",
-                several=any(len(unit) > 1 for unit in chosen.units),
-                source="resample" in self.modes,
-                precision=self.precision,
-            )
-        direct = None
-        if "direct" in self.effects:
-            heads = chosen.single_heads is not None
-            direct = budget.direct_cost(
-                model, chosen.sites, len(chosen.units), self.modes, self.metrics, heads=heads, n_targets=n_targets,
-                each=each,
-            )  # fmt: skip
-        by_pos, sites = self.mean_over == "pos", chosen.sites
-        mean = budget.MeanCost(
-            widths=budget.widths_of(model),
-            sites=sites,
-            n_pos=mean_pos,
-            n_prompts=mean_prompts,
-            by_pos=by_pos,
+        return ablation_costs(
+            model,
+            choose_units(model.spec, self.units),
+            modes=self.modes,
+            metrics=self.metrics,
+            effects=self.effects,
+            pos=self.pos,
+            mean_over=self.mean_over,
+            precision=self.precision,
+            n_targets=n_targets,
+            mean_pos=mean_pos,
+            mean_prompts=mean_prompts,
         )
-        return budget.Costs(model=model, demand=demand, direct=direct, mean=mean if "mean" in self.modes else None)
 
     @property
     def effects(self) -> tuple[Literal["total", "direct"], ...]:
         """Which effects are wanted."""
         return ("total", "direct") if self.effect == "both" else (self.effect,)
 
+    @property
+    def _clean_precision(self) -> Precision:
+        """How the clean run is multiplied: its products are those of the sweep, if there is one; ``delta``'s exact."""
+        return self.precision if "total" in self.effects and self.precision != "delta" else "exact"
+
     def tokens_per_batch(self, model: Model) -> int:
         """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product."""
         if self.batches is not None:
             return self.batches.batch_tokens
-        spec = model.spec
-        if self.effect == "direct":
-            return 1 << 12 if model.device.type == "cpu" else 1 << 14
-        n_variants = len(choose_units(spec, self.units).units) * len(self.modes)
-        each = n_variants * spec.d_model * model.weights.W_E.element_size()
-        budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
-        if isinstance(self.pos, int) and self.pos < 0:
-            # Only the ends of prompts are computed, which are seldom shorter than this.
-            most = _END_TOKENS[model.device.type == "cpu"]
-            return max(256, min(most, budget // each * _SHORT_PROMPT // -self.pos))
-        return max(256, budget // each)
+        n_variants = len(choose_units(model.spec, self.units).units) * len(self.modes)
+        return usual_tokens(model, n_variants, self.pos, swept="total" in self.effects)
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
         """The clean run, and for each variant the MLP of its layer (none if parallel) and every block above."""
@@ -262,6 +243,7 @@ class Ablation:
         """The effects, and the clean metrics."""
         chosen = choose_units(spec, self.units)
         described: list[Field] = []
+        clean_attrs = {"sign": "the value itself, not an effect", "precision": self._clean_precision}
         for metric in self.metrics:
             attrs = {"units": metric.units, "metric": metric.name, "pos": "all" if metric.per_token else "-1"}
             pos_dims, pos_shape = (("pos",), (n_pos,)) if metric.per_token else ((), ())
@@ -270,7 +252,7 @@ class Ablation:
                     name=f"{metric.name}_clean",
                     dims=pos_dims,
                     shape=pos_shape,
-                    attrs=attrs | {"long_name": metric.long_name, "sign": "the value itself, not an effect"},
+                    attrs=attrs | clean_attrs | {"long_name": metric.long_name},
                 )
             )
             dims, shape, coords = (*pos_dims, *chosen.dims), (*pos_shape, *chosen.shape), dict(chosen.coords)
@@ -383,4 +365,4 @@ class Ablation:
 def _described(pos: EditPos) -> str:
     if isinstance(pos, slice):
         return f"{'' if pos.start is None else pos.start}:{'' if pos.stop is None else pos.stop}"
-    return str(pos) if isinstance(pos, int | np.integer | str) else "one for each prompt"
+    return str(pos) if isinstance(pos, int | str) else "one for each prompt"

@@ -1,7 +1,7 @@
 """Circuits: what a model still does with a set of heads and MLPs alone, everything else ablated."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,12 +28,14 @@ from fastinterp.analyses.replacements import (
     MeanOver,
     Means,
     Mode,
-    check_means,
+    check_reference,
+    check_seed,
     edit_of,
     mean_activations,
+    reference_tokens,
     with_source,
 )
-from fastinterp.analyses.units import Part, choose_units, every_part
+from fastinterp.analyses.units import Part, choose_units, every_part, is_pair, listed_units
 from fastinterp.errors import MetricError, OptionError, check_choice
 from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.model import Model
@@ -49,7 +51,7 @@ Among = Literal["heads", "mlps", "heads and mlps"]
 def circuit(
     model: Model,
     prompts: PromptSet | TokenizedPrompts,
-    keep: Sequence[Any],
+    keep: Iterable[Any],
     mode: Mode = "mean",
     metric: str = "logit_diff",
     among: Among = "heads and mlps",
@@ -62,11 +64,14 @@ def circuit(
     """Returns the metric of sets of heads and MLPs with everything else ablated, and how faithful they are.
 
     ``faithfulness = (mean metric of the set - mean metric of nothing) / (mean metric of the model - that of nothing)``,
-    means over prompts: 1 for all of the model, 0 for nothing kept. Equivalent to one run with hooks on ``hook_z`` and
-    ``hook_mlp_out`` of every layer per set; all sets go through the model together.
+    means over prompts: 1 for all of the model, 0 for nothing kept; it can be above 1 and below 0. It is that ratio
+    whatever the sign of the metric and of the difference, so that 1 is "as the model", be the model better or worse
+    than nothing. Equivalent to one run with hooks on ``hook_z`` and ``hook_mlp_out`` of every layer per set; all sets
+    go through the model together.
 
     Args:
-        keep: heads ``(10, 7)`` or ``"L10H7"`` and ``"MLP3"``; or several such lists, one for each set.
+        keep: heads ``(10, 7)`` or ``"L10H7"`` and ``"MLP3"``, or an array of heads; or several such lists, one for each
+            set (``[[]]``: nothing).
         mode: what stands in place of the rest; see :func:`ablate`.
         metric: any metric that is read at the last token.
         among: what is ablated unless it is kept.
@@ -74,10 +79,11 @@ def circuit(
 
     Returns:
         ``{metric}_circuit`` (prompt, circuit), ``{metric}_clean`` and ``{metric}_nothing`` (prompt), and
-        ``faithfulness`` (circuit), NaN where the model does no better than nothing.
+        ``faithfulness`` (circuit), NaN where the mean of the model equals that of nothing.
 
     Raises:
-        OptionError: no set, or parts that are neither heads nor MLPs, or not ``among`` those that are ablated.
+        OptionError: no set, parts beside sets of them, parts that are neither heads nor MLPs, or not ``among`` those
+            that are ablated; a ``reference`` that is too short for means by position (before the model runs).
         SiteRangeError: a layer or head that the model does not have.
         MetricError: a metric with a value per token.
 
@@ -89,7 +95,7 @@ def circuit(
         >>> float(found["faithfulness"][0])                                                        # doctest: +SKIP
     """
     analysis = Circuit(
-        keep=tuple(keep),
+        keep=_listed(keep),
         mode=mode,
         metric_name=metric,
         among=among,
@@ -100,17 +106,31 @@ def circuit(
     )
     analysis.sets(model.spec)
     tokens = tokenized(model, prompts, analysis.metric)
-    known = None if reference is None else tokenized(model, reference, get_metric("loss"))
+    known = None if reference is None else reference_tokens(model, reference, tokens)
     prepared, tokens = analysis.prepared(model, tokens, known)
     found = with_plan(collect(prepared, model, tokens), prepared.batches)
-    nothing, whole = found[f"{metric}_nothing"].mean("prompt"), found[f"{metric}_clean"].mean("prompt")
-    share = (found[f"{metric}_circuit"].mean("prompt") - nothing) / (whole - nothing)
+    return found.assign(faithfulness=faithfulness(found, metric))
+
+
+def faithfulness(found: Mapping[Any, xr.DataArray], metric: str) -> xr.DataArray:
+    """Returns how much of the metric's mean each circuit keeps, NaN where there is nothing to keep."""
+    nothing, whole, kept = (found[f"{metric}_{name}"].mean("prompt") for name in ("nothing", "clean", "circuit"))
+    share = (kept - nothing) / (whole - nothing).where(whole != nothing)
     share.attrs = {
         "units": "1",
         "long_name": "share of the metric's mean that the circuit keeps",
-        "sign": "1 is all of the model, 0 is nothing kept",
+        "sign": "1 is all of the model, 0 is nothing kept, whichever of them is larger",
+        "missing": "the mean of the model equals that of nothing kept",
     }
-    return found.assign(faithfulness=share)
+    return share
+
+
+def _listed(keep: Any) -> tuple[Any, ...]:
+    """Returns what is kept as a tuple that can be gone through more than once."""
+    if isinstance(keep, str):
+        raise OptionError(f"keep={keep!r} is text: give a list of heads and MLPs such as [{keep!r}]")
+    found: tuple[Any, ...] = listed_units(keep, "keep")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +149,8 @@ class Circuit:
     means: Means | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuses modes, metrics and choices that there are not."""
+        """Refuses modes, metrics, choices and seeds that there are not."""
+        object.__setattr__(self, "seed", check_seed(self.seed))
         check_choice("mode", self.mode, MODES)
         check_choice("among", self.among, ("heads", "mlps", "heads and mlps"))
         check_choice("mean_over", self.mean_over, ("tokens", "pos"))
@@ -150,12 +171,17 @@ class Circuit:
         """Returns what each set keeps; raises :class:`OptionError` for what is no set of heads and MLPs."""
         if not self.keep:
             raise OptionError("keep is empty: give heads and MLPs such as [(9, 6), 'MLP0'], or [[]] for nothing")
-        several = all(isinstance(item, list | set | frozenset) for item in self.keep)
-        given = [list(item) for item in self.keep] if several else [list(self.keep)]
+        is_set = [not isinstance(item, str) and isinstance(item, Iterable) and not is_pair(item) for item in self.keep]
+        if any(is_set) and not all(is_set):
+            raise OptionError(
+                f"keep has {self.keep[is_set.index(False)]!r} beside {self.keep[is_set.index(True)]!r}: give heads and "
+                "MLPs for one set, or a list of them for each set"
+            )
+        given = self.keep if all(is_set) else [self.keep]
         ablated = set(self.candidates(spec))
         found = []
         for items in given:
-            parts = {part for item in items for unit in choose_units(spec, [item]).units for part in unit}
+            parts = {part for item in items for unit in choose_units(spec, [item], "keep").units for part in unit}
             other = next((part for part in sorted(parts, key=lambda p: p.label) if part not in ablated), None)
             if other is not None:
                 raise OptionError(
@@ -173,17 +199,18 @@ class Circuit:
         self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None
     ) -> tuple["Circuit", TokenizedPrompts]:
         """Returns the analysis with its means, and the prompts with what to resample from."""
+        # All that can be refused is, before the model runs.
         check_precision(self.precision, model.dtype)
         self.sets(model.spec)
         known = prompts if reference is None else reference
+        if self.mode == "mean" and self.mean_over == "pos":
+            check_reference(known, prompts.max_len)
         sourced = with_source(prompts, self.seed) if self.mode == "resample" else prompts
         found = self.planned(model, prompts, known)
         if self.mode != "mean":
             return found, sourced
         n_tokens = self._costs(model, n_targets(prompts), known.max_len, len(known)).mean_tokens(self.memory_bytes)
         means = mean_activations(model, known, self._sites(model.spec), self.mean_over, n_tokens)
-        if self.mean_over == "pos":
-            check_means(means, prompts.max_len)
         return dataclasses.replace(found, means=means), prompts
 
     def planned(self, model: Model, prompts: TokenizedPrompts, reference: TokenizedPrompts | None = None) -> "Circuit":
@@ -214,23 +241,25 @@ class Circuit:
         """As many tokens as keep all sets' residuals within 256 MiB."""
         if self.batches is not None:
             return self.batches.batch_tokens
-        each = (len(self.keep) + 1) * model.spec.d_model * model.weights.W_E.element_size()
+        each = (len(self.sets(model.spec)) + 1) * model.spec.d_model * model.weights.W_E.element_size()
         budget = (1 << 28) if model.device.type == "cpu" else (1 << 33)
         return max(256, min(4096, budget // each))
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
         """One forward for each set, one of the model, and one with nothing kept."""
-        return float((len(self.keep) + 2) * n_tokens * spec.n_layers * spec.flops_per_token_block())
+        return float((len(self.sets(spec)) + 2) * n_tokens * spec.n_layers * spec.flops_per_token_block())
 
     def fields(self, spec: ModelSpec, n_pos: int) -> tuple[Field, ...]:
         """The metric of every set, of the model, and of nothing."""
         name = self.metric.name
         attrs = {"units": self.metric.units, "metric": name, "pos": "-1", "sign": "the value itself, not an effect"}
+        # Differences are what delta rounds: its clean run is exact.
+        clean = {"precision": "exact" if self.precision == "delta" else self.precision}
         labels = ["+".join(sorted(part.label for part in kept)) for kept in self.sets(spec)]
-        kept_only = attrs | {"ablation": self.mode, "ablated": self.among, "mean_over": self.mean_over}
-        kept_only |= {"precision": self.precision}
+        kept_only = attrs | {"ablation": self.mode, "ablated": self.among, "precision": self.precision}
+        kept_only |= {"mean_over": self.mean_over} if self.mode == "mean" else {}
         return (
-            Field(name=f"{name}_clean", dims=(), shape=(), attrs=attrs | {"long_name": self.metric.long_name}),
+            Field(name=f"{name}_clean", dims=(), shape=(), attrs=attrs | clean | {"long_name": self.metric.long_name}),
             Field(
                 name=f"{name}_nothing",
                 dims=(),

@@ -1,6 +1,7 @@
 """At which positions something is ablated or patched: everywhere, at one of each prompt, or each by itself."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -16,23 +17,33 @@ _CHECKED_TOKENS = 1 << 16
 EditPos = int | slice | Sequence[int] | Literal["all", "each"]
 
 
-def check_edit_pos(pos: Any) -> None:
-    """Raises :class:`OptionError` for what is no choice of positions."""
-    if isinstance(pos, str):
-        good = pos in ("all", "each")
-    elif isinstance(pos, slice):
-        good = pos.step in (None, 1)
-    else:
-        good = not isinstance(pos, bool) and (isinstance(pos, int | np.integer) or _is_column(pos))
-    if not good:
-        raise OptionError(
-            f"pos={pos!r}: give 'all', an integer (-1 is each prompt's last token), a slice such as slice(1, None), "
-            "one integer for each prompt, or 'each' for every position by itself"
-        )
+def checked_edit_pos(pos: Any) -> EditPos:
+    """Returns a choice of positions as text, a slice, an integer or a tuple of integers.
+
+    NumPy integers, arrays and tensors are taken as the integers that they hold. Raises :class:`OptionError` for what is
+    no choice of positions.
+    """
+    given = pos.tolist() if hasattr(pos, "tolist") else pos
+    if isinstance(given, str) and given in ("all", "each"):
+        return given  # type: ignore[return-value]
+    if isinstance(given, slice) and given.step in (None, 1) and all(map(_is_bound, (given.start, given.stop))):
+        return slice(*(None if bound is None else int(bound) for bound in (given.start, given.stop)))
+    if _is_integer(given):
+        return int(given)
+    if isinstance(given, Sequence) and not isinstance(given, str) and given and all(map(_is_integer, given)):
+        return tuple(int(each) for each in given)
+    raise OptionError(
+        f"pos={pos!r}: give 'all', an integer (-1 is each prompt's last token), a slice such as slice(1, None), "
+        "one integer for each prompt, or 'each' for every position by itself"
+    )
 
 
-def _is_column(pos: Any) -> bool:
-    return np.ndim(pos) == 1 and np.asarray(pos).dtype.kind in "iu"
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_bound(value: Any) -> bool:
+    return value is None or _is_integer(value)
 
 
 def check_edited(pos: EditPos, prompts: TokenizedPrompts) -> None:
@@ -58,8 +69,8 @@ def edited_positions(pos: EditPos, batch: Batch, n_prompts: int) -> Bool[Tensor,
         mask = (everywhere >= bounds[:, :1]) & (everywhere < bounds[:, 1:])
         _check(mask.any(-1), pos, batch)
         return mask
-    if isinstance(pos, int | np.integer):
-        at = torch.full_like(lengths, int(pos))
+    if isinstance(pos, int):
+        at = torch.full_like(lengths, pos)
     else:
         given = np.asarray(pos)
         if len(given) != n_prompts:
@@ -75,7 +86,7 @@ def edited_positions(pos: EditPos, batch: Batch, n_prompts: int) -> Bool[Tensor,
 def _check(good: Tensor, pos: Any, batch: Batch) -> None:
     if not bool(good.all()):
         first = int((~good).nonzero()[0, 0])
-        shown = pos if isinstance(pos, int | np.integer | slice) else int(np.asarray(pos)[batch.indices[first]])
+        shown = pos if isinstance(pos, int | slice) else int(np.asarray(pos)[batch.indices[first]])
         raise SiteRangeError(
             f"pos={shown} is out of range for prompt {int(batch.indices[first])} (id {batch.ids[first]!r}), which has "
             f"{int(batch.n_tokens[first])} tokens"

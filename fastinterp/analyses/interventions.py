@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
 
 from fastinterp.analyses.base import Field, collect, tokenized
-from fastinterp.analyses.edited_positions import EditPos, check_edit_pos, check_edited, edited_positions
+from fastinterp.analyses.edited_positions import EditPos, check_edited, checked_edit_pos, edited_positions
 from fastinterp.analyses.measuring import sweep_values
 from fastinterp.errors import OptionError, PromptPairError, check_choice
 from fastinterp.metrics import Metric, get_metric
@@ -33,7 +34,7 @@ def intervene(
     prompts: PromptSet | TokenizedPrompts,
     variants: Sequence[Changes] | Mapping[str, Changes],
     metric: str | Sequence[str] = "logit_diff",
-    pos: EditPos = "all",
+    pos: EditPos | np.ndarray = "all",
     precision: Precision = "exact",
 ) -> xr.Dataset:
     """Returns the effect of every variant, a set of edits that are made together, each by itself.
@@ -77,7 +78,7 @@ def intervene(
         variants=edits,
         labels=labels,
         metric_names=(metric,) if isinstance(metric, str) else tuple(metric),
-        pos=pos,
+        pos=checked_edit_pos(pos),
         precision=precision,
     )
     analysis.check_fits(model.spec)
@@ -120,7 +121,7 @@ class Intervention:
     n_prompts: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuses metrics, positions and labels that there are not or that do not go together."""
+        """Refuses metrics, positions and labels that there are not or do not go together; lists positions once."""
         if len(set(self.labels)) < len(self.labels):
             twice = next(label for label in self.labels if self.labels.count(label) > 1)
             raise OptionError(f"two variants are called {twice!r}: give each a label of its own")
@@ -129,8 +130,8 @@ class Intervention:
         for name in self.metric_names:
             get_metric(name)
         check_choice("precision", self.precision, PRECISIONS)
-        check_edit_pos(self.pos)
-        if isinstance(self.pos, str) and self.pos == "each":
+        object.__setattr__(self, "pos", checked_edit_pos(self.pos))
+        if self.pos == "each":
             raise OptionError("pos='each' is for ablate: give a variant with positions of its own for each")
 
     @property

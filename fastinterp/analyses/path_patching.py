@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fastinterp.analyses.base import Field, collect, head_coords, tokenized
 from fastinterp.analyses.measuring import clean_run, measure, sweep_values
+from fastinterp.analyses.units import is_pair
 from fastinterp.errors import MetricError, OptionError, PromptPairError, check_choice
 from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.attention import make_frame
@@ -28,7 +28,7 @@ from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision, cl
 Component = Literal["q", "k", "v"]
 Direction = Literal["denoise", "noise"]
 Head = tuple[int, int]
-Sources = Literal["all"] | Head | Sequence[Head]
+Sources = Literal["all"] | Head | Sequence[Head] | np.ndarray
 
 COMPONENTS = ("q", "k", "v")
 
@@ -60,7 +60,7 @@ def path_patch(
     parallel blocks the path is the same: through the residual stream.
 
     Args:
-        sources: a head ``(layer, head)``, a list of them, or ``"all"``.
+        sources: a head ``(layer, head)``, a list or array of them, or ``"all"``.
         component: what the destinations read differently: ``"q"``, ``"k"`` or ``"v"``, or several, one at a time.
         metric: any metric that is read at the last token, or several, which share the sweep.
         precision: how matrix products are done, as in :func:`ablate`.
@@ -79,7 +79,8 @@ def path_patch(
         SiteRangeError: a source that the model does not have.
 
     Memory: as :func:`ablate`, and 64 MiB of what sources write (at least one source: ``[batch, pos, d_model]``) with
-    ``z`` of their layers in both runs, up to twice as much again; the number of sources only adds to the result.
+    ``z`` of their layers in both runs: for every such source at most ``2 * n_heads * d_head / d_model`` times what it
+    writes, and no more than of all layers. The number of sources only adds to the result.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; Goldowsky-Dill et al. 2023,
     https://arxiv.org/abs/2304.05969.
 
@@ -106,14 +107,14 @@ def _pairs(sources: Any) -> Literal["all"] | tuple[Head, ...]:
     """Returns the sources as pairs; raises :class:`OptionError` for anything else."""
     if isinstance(sources, str) and sources == "all":
         return "all"
-    if isinstance(sources, str) or not isinstance(sources, Sequence) or len(sources) == 0:
+    given = sources.tolist() if hasattr(sources, "tolist") else sources
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) == 0:
         raise OptionError(f"sources={sources!r}: {_GIVE}")
-    given = [sources] if all(isinstance(item, Integral) for item in sources) else list(sources)
-    for pair in given:
-        fits = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(item, Integral) for item in pair)
-        if not fits:
-            raise OptionError(f"sources has {pair!r}: {_GIVE}")
-    return tuple((int(layer), int(head)) for layer, head in given)
+    pairs = [given] if is_pair(given) else [pair.tolist() if hasattr(pair, "tolist") else pair for pair in given]
+    other = [pair for pair in pairs if not is_pair(pair)]
+    if other:
+        raise OptionError(f"sources has {other[0]!r}: {_GIVE}")
+    return tuple((int(layer), int(head)) for layer, head in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

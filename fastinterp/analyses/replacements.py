@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fastinterp.analyses.base import tokenized
 from fastinterp.analyses.units import Part
 from fastinterp.errors import OptionError, PromptError
+from fastinterp.metrics import get_metric
 from fastinterp.model.attention import make_frame
 from fastinterp.model.forward import check_taps, embed, run_blocks
 from fastinterp.model.intervene import SOURCE, Capture, Edit, Taps
 from fastinterp.model.model import Model
-from fastinterp.prompts import TokenizedPrompts
+from fastinterp.prompts import PromptSet, TokenizedPrompts
 
 Mode = Literal["zero", "mean", "resample"]
 MeanOver = Literal["tokens", "pos"]
@@ -79,14 +82,58 @@ def mean_activations(
     return found
 
 
+def reference_tokens(
+    model: Model,
+    reference: PromptSet | TokenizedPrompts,
+    prompts: TokenizedPrompts,
+    *,
+    prepend_bos: bool | None = None,
+    bad_prompts: Literal["error", "reject"] = "error",
+) -> TokenizedPrompts:
+    """Returns the prompts of a mean as token ids; their answers and corrupt prompts do not matter.
+
+    ``prepend_bos=None``: text begins with BOS where the ``prompts`` that are ablated do, so that equal prompts have
+    equal tokens. What is tokenised already is taken as it is.
+
+    Raises:
+        PromptError: a prompt that cannot be used, unless ``bad_prompts="reject"``, or none that can.
+    """
+    if isinstance(reference, PromptSet):
+        bos = _begin_with_bos(model, prompts) if prepend_bos is None else prepend_bos
+        bare = dataclasses.replace(reference, answer=None, wrong=None, corrupt=None)
+        try:
+            reference = bare.tokenize(model, prepend_bos=bos, bad_prompts=bad_prompts)
+        except PromptError as error:
+            raise type(error)(f"reference: {error}") from error
+    if len(reference.accepted) == 0:
+        raise PromptError("reference has no prompt that can be used: every one was rejected")
+    return tokenized(model, reference, get_metric("loss"))
+
+
+def _begin_with_bos(model: Model, prompts: TokenizedPrompts) -> bool:
+    if prompts.prepend_bos:
+        return True
+    bos = model.bos_token_id
+    return bos is not None and all(int(prompts.tokens[row][0]) == bos for row in prompts.accepted)
+
+
+def check_seed(seed: Any) -> int:
+    """Returns the seed; raises :class:`OptionError` for what is no integer from 0 on."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise OptionError(f"seed={seed!r}: give an integer from 0 on")
+    return int(seed)
+
+
 def with_source(prompts: TokenizedPrompts, seed: int) -> TokenizedPrompts:
     """Returns the prompts with a ``corrupt`` one for each: its own, or else another of the same length.
 
     Without a corrupt column every prompt is given a different one of the set, drawn by ``seed``: a cyclic shift of a
-    random order of all prompts of its length, so that none gets itself.
+    random order of the prompts of its length, equal ones counted once (they get the same one), so that the tokens of a
+    prompt and of the one it is given always differ.
 
     Raises:
-        PromptError: a prompt without a corrupt one, of another length than it, or alone of its length.
+        PromptError: a prompt without a corrupt one, of another length than it, or of a length that no different prompt
+            has.
     """
     lengths = prompts.n_tokens
     if prompts.corrupt is not None:
@@ -101,16 +148,28 @@ def with_source(prompts: TokenizedPrompts, seed: int) -> TokenizedPrompts:
     rng = np.random.default_rng(seed)
     corrupt = list(prompts.tokens)
     for length in np.unique(lengths[prompts.accepted]):
-        rows = np.array([row for row in prompts.accepted if lengths[row] == length])
-        if len(rows) == 1:
-            raise PromptError(
-                f"no other prompt has {length} tokens like prompt {rows[0]} (id {prompts.ids[rows[0]]!r}), so that "
-                "there is none to resample from: give corrupt= prompts of the same length, or prompts of equal lengths"
-            )
-        order = rng.permutation(rows)
-        for row, other in zip(order, np.roll(order, 1), strict=True):
-            corrupt[row] = prompts.tokens[other]
+        equal: dict[bytes, list[int]] = {}
+        for row in prompts.accepted[lengths[prompts.accepted] == length].tolist():
+            equal.setdefault(prompts.tokens[row].tobytes(), []).append(row)
+        groups = list(equal.values())
+        if len(groups) == 1:
+            raise PromptError(_no_partner(prompts, groups[0], int(length)))
+        order = rng.permutation(len(groups))
+        for group, other in zip(order, np.roll(order, 1), strict=True):
+            for row in groups[group]:
+                corrupt[row] = prompts.tokens[groups[other][0]]
     return dataclasses.replace(prompts, corrupt=tuple(corrupt))
+
+
+def _no_partner(prompts: TokenizedPrompts, rows: list[int], length: int) -> str:
+    first = f"prompt {rows[0]} (id {prompts.ids[rows[0]]!r})"
+    found = f"no other prompt has {length} tokens like {first}"
+    if len(rows) > 1:
+        found = f"all {len(rows)} prompts of {length} tokens are equal to {first}"
+    return (
+        f"{found}, so that there is none to resample from: give corrupt= prompts of the same length, or different "
+        "prompts of equal lengths"
+    )
 
 
 def check_reference(reference: TokenizedPrompts, n_pos: int) -> None:
@@ -120,19 +179,6 @@ def check_reference(reference: TokenizedPrompts, n_pos: int) -> None:
             f"the reference prompts have no token at position {reference.max_len}, and a prompt has {n_pos} tokens: "
             "there is no mean by position there. Give longer reference prompts, or mean_over='tokens'"
         )
-
-
-def check_means(means: Means, n_pos: int) -> None:
-    """Raises :class:`OptionError` where means by position do not reach as far as the prompts."""
-    for (site, layer), mean in means.items():
-        known = mean[:n_pos]
-        bad = ~torch.isfinite(known.flatten(1)).all(1)
-        if len(known) < n_pos or bool(bad.any()):
-            first = int(bad.nonzero()[0, 0]) if bool(bad.any()) else len(known)
-            raise OptionError(
-                f"the reference prompts have no token at position {first}, and a prompt has {n_pos} tokens: there is "
-                f"no mean of {site} of layer {layer} there. Give longer reference prompts, or mean_over='tokens'"
-            )
 
 
 def edit_of(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from jaxtyping import Shaped
@@ -14,7 +15,7 @@ from fastinterp.model.spec import ModelSpec
 from fastinterp.names import check_index, head_label
 
 UnitKind = Literal["heads", "mlps", "attns", "layers", "neurons"]
-Units = UnitKind | Sequence[Any]
+Units = UnitKind | Iterable[Any]
 
 KINDS = ("heads", "mlps", "attns", "layers", "neurons")
 
@@ -77,22 +78,41 @@ class ChosenUnits:
         return pairs
 
 
-def choose_units(spec: ModelSpec, units: Units) -> ChosenUnits:
-    """Checks a choice of units against a model.
+def listed_units(units: Any, name: str = "units") -> Any:
+    """Returns a choice of units that can be gone through more than once: text, or a tuple.
+
+    Arrays, their rows and NumPy integers become tuples and integers, other iterables but sets tuples. Raises
+    :class:`OptionError` for what is neither text nor iterable.
+    """
+    found = _plain(units)
+    if not isinstance(found, str | tuple | set | frozenset):
+        raise OptionError(f"{name}={units!r}: {_EXPECTED}")
+    return found if isinstance(found, str) else tuple(found)
+
+
+def _plain(item: Any) -> Any:
+    item = item.tolist() if hasattr(item, "tolist") else item
+    if isinstance(item, str | set | frozenset) or not isinstance(item, Iterable):
+        return item
+    return tuple(map(_plain, item))
+
+
+def choose_units(spec: ModelSpec, units: Units, name: str = "units") -> ChosenUnits:
+    """Checks a choice of units against a model; ``name`` is what messages call it.
 
     ``units`` is the name of a kind, or a list whose items are heads ``(10, 7)``, labels (``"L10H7"``, ``"MLP3"``,
-    ``"ATTN3"``, ``"L3N17"`` for a neuron), or lists of these, which are ablated together.
+    ``"ATTN3"``, ``"L3N17"`` for a neuron), or lists of these, which are ablated together; or an array of heads.
 
     Raises:
         OptionError: no such kind, an item that is none of these, or no item.
         SiteRangeError: a layer, head or neuron that the model does not have.
     """
     if isinstance(units, str):
-        check_choice("units", units, KINDS)
+        check_choice(name, units, KINDS)
         return _all_of_a_kind(spec, units)
-    chosen = tuple(_unit(spec, item) for item in units)
+    chosen = tuple(_unit(spec, item, name) for item in listed_units(units, name))
     if not chosen:
-        raise OptionError("units is empty: give 'heads', or a list such as [(10, 7), 'MLP3']")
+        raise OptionError(f"{name} is empty: give 'heads', or a list such as [(10, 7), 'MLP3']")
     labels = ["+".join(part.label for part in unit) for unit in chosen]
     return ChosenUnits(units=chosen, dims=("unit",), shape=(len(chosen),), coords={"unit": (("unit",), labels)})
 
@@ -115,37 +135,38 @@ def _all_of_a_kind(spec: ModelSpec, kind: str) -> ChosenUnits:
     return ChosenUnits(units=units, dims=("layer",), shape=(spec.n_layers,), coords=coords)
 
 
-def _unit(spec: ModelSpec, item: Any) -> Unit:
-    if isinstance(item, str) or _is_pair(item):
-        return (_part(spec, item),)
+def _unit(spec: ModelSpec, item: Any, name: str) -> Unit:
+    if isinstance(item, str) or is_pair(item):
+        return (_part(spec, item, name),)
     if isinstance(item, Iterable):
-        parts = tuple(_part(spec, one) for one in item)
+        parts = tuple(_part(spec, one, name) for one in item)
         if parts and len(set(parts)) == len(parts):
             return parts
-    raise OptionError(f"units has {item!r}: {_EXPECTED}")
+    raise OptionError(f"{name} has {item!r}: {_EXPECTED}")
 
 
-def _part(spec: ModelSpec, item: Any) -> Part:
-    if _is_pair(item):
+def _part(spec: ModelSpec, item: Any, name: str) -> Part:
+    if is_pair(item):
         layer, head = item
         layer = check_index("layer", int(layer), spec.n_layers)
         return Part(site="z", layer=layer, head=check_index("head", int(head), spec.n_heads))
     found = _LABEL.match(item) if isinstance(item, str) else None
     if found is None:
-        raise OptionError(f"units has {item!r}: {_EXPECTED}")
+        raise OptionError(f"{name} has {item!r}: {_EXPECTED}")
     if found["kind"]:
         layer = check_index("layer", int(found["at"]), spec.n_layers)
         return Part(site="mlp_out" if found["kind"] == "MLP" else "attn_out", layer=layer)
     if found["head"]:
-        return _part(spec, (int(found["layer"]), int(found["head"])))
+        return _part(spec, (int(found["layer"]), int(found["head"])), name)
     layer = check_index("layer", int(found["layer"]), spec.n_layers)
     return Part(site="post", layer=layer, neuron=check_index("neuron", int(found["neuron"]), spec.mlp.d_mlp))
 
 
-def _is_pair(item: Any) -> bool:
+def is_pair(item: Any) -> bool:
+    """Whether this is a head, ``(layer, head)``."""
     if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
         return False
-    return all(isinstance(index, int) and not isinstance(index, bool) for index in item)
+    return all(isinstance(index, Integral) and not isinstance(index, bool) for index in item)
 
 
 _EXPECTED = (

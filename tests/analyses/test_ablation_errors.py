@@ -57,7 +57,7 @@ def idle(zoo, monkeypatch):
     def run(*args, **kwargs):
         raise AssertionError("the model ran")
 
-    for where in ("replacements.forward", "measuring.forward", "measuring.forward_at", "written.forward"):
+    for where in ("replacements.run_blocks", "measuring.forward", "measuring.forward_at", "written.forward"):
         monkeypatch.setattr(f"fastinterp.analyses.{where}", run)
     monkeypatch.setattr("fastinterp.analyses.measuring.sweep", run)
     return zoo.model("gpt2")
