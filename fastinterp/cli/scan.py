@@ -13,6 +13,7 @@ import fastinterp
 from fastinterp.cli.interrupt import Interrupted, interruptible
 from fastinterp.cli.output import Format, duration, print_json, print_table, say, size
 from fastinterp.engine import CATALOGUE, Plan, choose_analyses, describe, plan
+from fastinterp.engine.catalogue import check_ablation_limit, check_fits_dtype
 from fastinterp.engine.options import AblationOptions
 from fastinterp.engine.plan import check_counts
 from fastinterp.engine.run import run
@@ -70,7 +71,10 @@ def scan(
         str | None, typer.Option(help="What ablations may allocate beside the model, such as 2GB or 2GiB.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
-    ablation_limit: Annotated[int | None, typer.Option(help="Ablation for the first prompts only.")] = None,
+    ablation_limit: Annotated[
+        int | None,
+        typer.Option(help="ablation, ablation_mean and ablation_resample for the first prompts only (not direct)."),
+    ] = None,
     batch_tokens: Annotated[str, typer.Option(help="Tokens per batch, or auto.")] = "auto",
     answer_token: Annotated[
         Literal["single", "first"], typer.Option(help="What an answer of several tokens means.")
@@ -111,9 +115,11 @@ def scan(
         precision=precision,
         memory_bytes=memory_bytes,
     )
-    choose_analyses(analysis, metric, options)
+    chosen = choose_analyses(analysis, metric, options)
+    check_ablation_limit(chosen, ablation_limit)
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
+    check_fits_dtype(chosen, DTYPES[dtype])
     chosen_device = choose_device(device)
     prompt_set = PromptSet.read(prompts, columns=_columns(column))
     check_target(out)
@@ -229,7 +235,7 @@ def _batch_tokens(given: str) -> int | Literal["auto"]:
 
 
 def _reference(path: Path, pairs: list[str] | None) -> PromptSet:
-    """Reads the prompts of the means, of which the answers do not matter."""
+    """Reads the prompts of the means; their answers are not looked at."""
     renamed = {ours: theirs for ours, theirs in (_columns(pairs) or {}).items() if ours == "prompt"}
     return PromptSet.read(path, columns=renamed or None)
 

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from fastinterp.analyses import Ablation, Analysis, DirectLogitAttribution, HeadLogits, LogitLens
 from fastinterp.engine.options import AblationOptions, listed
 from fastinterp.errors import OptionError, nearest
 from fastinterp.metrics import get_metric
+from fastinterp.sweep import check_precision
 
 _UNITS = frozenset({"units", "ablate_pos"})
 _MEAN = frozenset({"mean_over", "reference"})
@@ -162,3 +165,20 @@ def _check_options_matter(chosen: Mapping[str, Analysis], options: AblationOptio
             )
     if options.precision is not None and not any("total" in analysis.effects for analysis in ablations):
         raise OptionError("precision is for total effects, and only direct ones are chosen: leave it out")
+
+
+def check_fits_dtype(chosen: Mapping[str, Analysis], dtype: torch.dtype) -> None:
+    """Raises :class:`OptionError` for a precision that a model in ``dtype`` does not have."""
+    for analysis in chosen.values():
+        if isinstance(analysis, Ablation):
+            check_precision(analysis.precision, dtype)
+
+
+def check_ablation_limit(chosen: Mapping[str, Analysis], ablation_limit: int | None) -> None:
+    """Raises :class:`OptionError` for a limit that none of the analyses chosen has."""
+    if ablation_limit is not None and not any(CATALOGUE[name].sweep for name in chosen):
+        limited = ", ".join(name for name, entry in CATALOGUE.items() if entry.sweep)
+        raise OptionError(
+            f"ablation_limit={ablation_limit} is for {limited}, and the analyses chosen ({', '.join(chosen)}) are of "
+            "all prompts: leave it out, or give limit, which is for all analyses"
+        )

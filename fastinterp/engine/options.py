@@ -1,7 +1,7 @@
 """How the ablations of a scan are asked for, in Python or as text, and how that is written down."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from fastinterp.analyses import Ablation
-from fastinterp.analyses.replacements import MODES
-from fastinterp.analyses.units import KINDS, choose_units
+from fastinterp.analyses.replacements import MODES, check_seed
+from fastinterp.analyses.units import KINDS, choose_units, listed_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.model.spec import ModelSpec
-from fastinterp.prompts import PromptSet
+from fastinterp.prompts import PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS
 from fastinterp.sweep.memory import check_budget
 
@@ -36,7 +36,7 @@ class AblationOptions:
 
     mode: str | Sequence[str] | None = None
     effect: str | None = None
-    units: str | Sequence[Any] | None = None
+    units: str | Iterable[Any] | None = None
     ablate_pos: Any = None
     mean_over: str | None = None
     reference: PromptSet | str | Path | None = None
@@ -75,7 +75,7 @@ class AblationOptions:
                     check_choice("precision", value, PRECISIONS)
                     found["precision"] = value
                 case "seed":
-                    found["seed"] = _seed(value)
+                    found["seed"] = check_seed(value)
                 case "memory_bytes":
                     found["memory_bytes"] = _bytes(value)
         return found
@@ -86,9 +86,9 @@ def listed(value: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
 
 
-def _units(value: str | Sequence[Any]) -> Any:
+def _units(value: str | Iterable[Any]) -> Any:
     if not isinstance(value, str):
-        return tuple(value)
+        return listed_units(value)
     if not any(character.isdigit() for character in value):
         check_choice("units", value, KINDS)
         return value
@@ -103,12 +103,6 @@ def _units(value: str | Sequence[Any]) -> Any:
                 )
         chosen.append(labels[0] if len(labels) == 1 else labels)
     return tuple(chosen)
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(f"seed={value!r}: give an integer from 0 on")
-    return value
 
 
 def _bytes(value: Any) -> int:
@@ -140,8 +134,13 @@ def _pos(value: Any) -> Any:
         ) from None
 
 
-def described(analysis: Ablation, spec: ModelSpec, reference: PromptSet | None) -> dict[str, Any]:
-    """Returns what an ablation was asked for as JSON types: what must be equal for its scan to be resumed."""
+def described(
+    analysis: Ablation, spec: ModelSpec, reference: PromptSet | None, known: TokenizedPrompts | None
+) -> dict[str, Any]:
+    """Returns what an ablation was asked for as JSON types: what must be equal for its scan to be resumed.
+
+    ``known`` is the ``reference`` tokenised: whether its text begins with BOS is not said by the prompts.
+    """
     units = analysis.units if isinstance(analysis.units, str) else choose_units(spec, analysis.units).coords["unit"][1]
     found: dict[str, Any] = {
         "mode": list(analysis.modes),
@@ -152,6 +151,8 @@ def described(analysis: Ablation, spec: ModelSpec, reference: PromptSet | None) 
     if "mean" in analysis.modes:
         found["mean_over"] = analysis.mean_over
         found["reference"] = "the prompts" if reference is None else reference.content_hash()
+        if known is not None:
+            found["reference_prepend_bos"] = known.prepend_bos
     if "resample" in analysis.modes:
         found["seed"] = analysis.seed
     if analysis.precision != "exact":

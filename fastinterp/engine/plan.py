@@ -9,21 +9,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 import fastinterp
 from fastinterp.analyses import Ablation, Analysis, compute_checked, tokenized
+from fastinterp.analyses.base import Field
 from fastinterp.analyses.edited_positions import EditPos
+from fastinterp.analyses.replacements import reference_tokens
 from fastinterp.analyses.units import Units
-from fastinterp.engine.catalogue import CATALOGUE, choose_analyses
+from fastinterp.engine.catalogue import CATALOGUE, check_ablation_limit, check_fits_dtype, choose_analyses
 from fastinterp.engine.options import AblationOptions, listed
 from fastinterp.engine.task import Task
 from fastinterp.errors import InputTypeError, OptionError
-from fastinterp.metrics import get_metric
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet, TokenizedPrompts
 from fastinterp.store import ArraySpec, CoordSpec, StoreSpec, choose_block_size, status_array
-from fastinterp.sweep import Precision, check_precision
+from fastinterp.sweep import Precision
 
 BatchTokens = int | Literal["auto"]
 OnBad = Literal["error", "reject"]
@@ -83,7 +85,7 @@ def plan(
     mode: str | Sequence[str] | None = None,
     effect: str | None = None,
     units: Units | None = None,
-    ablate_pos: EditPos | str | None = None,
+    ablate_pos: EditPos | np.ndarray | str | None = None,
     mean_over: str | None = None,
     reference: PromptSet | str | Path | None = None,
     seed: int | None = None,
@@ -121,9 +123,8 @@ def plan(
     )
     metrics = listed(metric)
     analyses = choose_analyses(analysis, metrics, asked)
-    for chosen in analyses.values():
-        if isinstance(chosen, Ablation):
-            check_precision(chosen.precision, model.dtype)
+    check_ablation_limit(analyses, ablation_limit)
+    check_fits_dtype(analyses, model.dtype)
     prompt_set = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
     if limit is not None:
         prompt_set = prompt_set.head(min(limit, len(prompt_set)))
@@ -141,8 +142,7 @@ def plan(
     reference_set = _reference_set(reference)
     known = None
     if reference_set is not None:
-        known = reference_set.tokenize(model, prepend_bos=prepend_bos, bad_prompts=bad_prompts)
-        known = tokenized(model, known, get_metric("loss"))
+        known = reference_tokens(model, reference_set, tokens, prepend_bos=prepend_bos, bad_prompts=bad_prompts)
     tasks = {
         name: _task(model, name, chosen, tokens, known, ablation_limit, batch_tokens)
         for name, chosen in analyses.items()
@@ -191,14 +191,16 @@ def _task(
 
 
 def _reference_set(given: Any) -> PromptSet | None:
-    if given is None or isinstance(given, PromptSet):
-        return given
-    if isinstance(given, str | Path):
-        return PromptSet.read(given)
-    raise InputTypeError(
-        f"reference is a {type(given).__name__}: give a PromptSet or the path of a prompt file, whose content a store "
-        "can be compared by"
-    )
+    """Returns the prompts of the means without what does not matter for them, so that they are compared by the rest."""
+    if given is None:
+        return None
+    if not isinstance(given, PromptSet | str | Path):
+        raise InputTypeError(
+            f"reference is a {type(given).__name__}: give a PromptSet or the path of a prompt file, whose content a "
+            "store can be compared by"
+        )
+    prompts = given if isinstance(given, PromptSet) else PromptSet.read(given)
+    return dataclasses.replace(prompts, answer=None, wrong=None, corrupt=None)
 
 
 def check_counts(
@@ -247,6 +249,7 @@ def _store_spec(
                         f"analysis {name!r} and one before it both give {field.name}: leave one of them out, or give "
                         "them stores of their own"
                     )
+                _check_same_clean(name, field, results[field.name].attrs)
                 computed = max(computed, results[field.name].attrs["n_prompts_computed"])
             results[field.name] = ArraySpec(
                 name=field.name,
@@ -305,6 +308,16 @@ def _store_spec(
         identity=identity,
         compress=compress,
     )
+
+
+def _check_same_clean(name: str, field: Field, before: Mapping[str, Any]) -> None:
+    """Refuses clean values that two analyses multiply differently: each one's effects are relative to its own."""
+    own, other = field.attrs.get("precision"), before.get("precision")
+    if own != other:
+        raise OptionError(
+            f"{field.name} of analysis {name!r} is computed with precision {own!r}, that of one before it with "
+            f"{other!r}: give them stores of their own, or leave out precision"
+        )
 
 
 def _answer_texts(model: Model, tokens: TokenizedPrompts) -> dict[str, tuple[str, ...]]:

@@ -31,7 +31,7 @@ def scan(
     mode: str | Sequence[str] | None = None,
     effect: str | None = None,
     units: Units | None = None,
-    ablate_pos: EditPos | str | None = None,
+    ablate_pos: EditPos | np.ndarray | str | None = None,
     mean_over: str | None = None,
     reference: PromptSet | str | Path | None = None,
     seed: int | None = None,
@@ -57,13 +57,15 @@ def scan(
             analysis; ablations take several, as a list or separated by commas, which share one sweep.
         mode, effect, units, mean_over, reference, seed, precision: of ablations, as in :func:`ablate`; ``None`` leaves
             them as the analysis has them. Lists can be text: ``"zero,mean"``, ``"L10H7,MLP3,L9H6+L9H9"`` (``+``:
-            together). ``reference`` may be a path.
+            together). ``reference`` may be a path; its text begins with BOS as ``prepend_bos`` says, or where the
+            prompts do, and its answers do not matter.
         memory_bytes: what ablations may allocate beyond the model's weights and a block of results, as a number or as
             text such as ``"2GB"`` and ``"2GiB"``; it changes numbers at rounding level only. Instead of
             ``batch_tokens``.
         ablate_pos: where ablations ablate, ``pos`` of :func:`ablate`; as text ``"last"`` for -1, ``"1:"`` for a slice.
         limit: only the first prompts.
-        ablation_limit: ablation for the first prompts only; its arrays are NaN for the others.
+        ablation_limit: ``ablation``, ``ablation_mean`` and ``ablation_resample`` for the first prompts only; their
+            arrays are NaN for the others. Refused where none of them is chosen.
         batch_tokens: tokens per batch, or ``"auto"``; it changes speed and memory, and numbers at rounding level only.
         answer_token: ``"single"`` insists on one-token answers, ``"first"`` scores the first token of longer ones.
         prepend_bos: ``None`` does as TransformerLens does for the model.

@@ -61,7 +61,7 @@ class Task:
         """What identifies the analysis in a store, as JSON types."""
         found: dict[str, Any] = {"prompts": self.n_prompts}
         if isinstance(self.analysis, Ablation):
-            found |= described(self.analysis, model.spec, reference)
+            found |= described(self.analysis, model.spec, reference, self.reference)
         return found
 
     def prepared(self, model: Model) -> "Task":

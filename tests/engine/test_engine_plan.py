@@ -95,7 +95,8 @@ def test_progress_adds_up_to_the_prompts(zoo, prompts, analysis):
     answers[:7] = [" elephants"] * 7
     mixed = PromptSet.of(prompts.prompts, answer=answers, wrong=prompts.wrong)
     model = zoo.model("gpt2")
-    planned = fastinterp.plan(model, mixed, analysis=analysis, bad_prompts="reject", ablation_limit=15, batch_tokens=40)
+    limit = {"ablation_limit": 15} if "ablation" in analysis else {}
+    planned = fastinterp.plan(model, mixed, analysis=analysis, bad_prompts="reject", batch_tokens=40, **limit)
     total = 0.0
     for block in range(planned.store.n_blocks):
         shares = []
