@@ -4,12 +4,12 @@
 
 Every head is taken away by zero and by its mean, from the rest of the model ("total") and from the logits alone
 ("direct"); what remains is the loss of every token. Both calls write a store that a second run resumes, and are one
-command each on the command line, with texts in a file::
+command each on the command line, with texts in a file (all heads on two of them, means over all)::
 
     fastinterp scan --model gpt2 --prompts texts.jsonl --analysis ablation --metric loss --mode zero,mean \
-        --effect both --units L10H7,L11H10 --out chosen.zarr
+        --effect both --reference texts.jsonl --units L10H7,L11H10 --out chosen.zarr
     fastinterp scan --model gpt2 --prompts texts.jsonl --analysis ablation --metric loss --mode zero,mean \
-        --effect both --out all.zarr
+        --effect both --reference texts.jsonl --limit 2 --out all.zarr
 
 ``notebooks/copy_suppression.py`` does the same for chosen heads with hooks, one run for each.
 """
