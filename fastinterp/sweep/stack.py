@@ -62,6 +62,8 @@ class Stack:
         self.indices = [index for index, _ in members]
         self.variants = [variant for _, variant in members]
         self.stages = [variant.stage(spec) for variant in self.variants]
+        sites = {edit.site for variant in self.variants for edit in variant.edits}
+        self.may_clash = not (sites.isdisjoint(SHARED_NORM) or sites.isdisjoint(SPLIT_INPUTS))
         self.rows, self.n_pos = rows, n_pos
         # Tokens that go through a block together, and bytes of the scores of prompts' ends, which attention forms.
         self.step_tokens, self.score_bytes = step_tokens, score_bytes
@@ -127,7 +129,8 @@ class Stack:
             frame = rows.seeing(clean.ready_k, clean.values["v"])
         w = clean.multiplied_at(rows.node)
         size = self._step_variants()
-        for part in (part for run in _compatible(members, edits) for part in self._parts(run, size)):
+        runs = _compatible(members, edits) if self.may_clash else [members]
+        for part in (part for run in runs for part in self._parts(run, size)):
             resid = self.resid[part.start : part.stop]
             taps = self._taps(part, edits, rows)
             if reading is None:
