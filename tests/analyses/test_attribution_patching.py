@@ -13,7 +13,8 @@ from fastinterp.analyses import Analysis, activation_patch
 from fastinterp.analyses.attribution_patching import SITES, AttributionPatch, attribution_patch
 from fastinterp.analyses.base import compute_checked
 from fastinterp.errors import AnswerTokenError, MetricError, NonFiniteError, OptionError, PromptPairError
-from fastinterp.gradients import kept_bytes, runs
+from fastinterp.gradients import Objective, beginning, gradients, kept_bytes, runs, tapped
+from fastinterp.metrics import get_metric
 from fastinterp.model import final_logits, forward
 from fastinterp.model.weights import NormWeights
 from fastinterp.names import activation
@@ -252,6 +253,38 @@ def test_every_metric_against_its_definition(zoo, pairs, name, direction):
         assert found[f"{name}_base"].attrs["metric"] == name
 
 
+@pytest.mark.parametrize("name", ["gemma2-softcaps", "gpt-neox", "llama-gqa"])
+def test_result_is_z(zoo, pairs, name):
+    """What each head writes, times the gradient where it is written, in front of a post-norm too."""
+    model = zoo.model(name, dtype=torch.float64)
+    found = attribution_patch(model, pairs, ("z", "result"), reduce=())
+    np.testing.assert_array_equal(found["logit_diff_attribution_result"], found["logit_diff_attribution_z"])
+    (batch,) = pairs.tokenize(model).batches(1 << 20)
+    keys = [("result", layer) for layer in range(model.spec.n_layers)]
+    objective = Objective(model=model, batch=batch, metric=get_metric("logit_diff"))
+    base = gradients(model, beginning(model, batch.corrupt), keys, objective)
+    source = tapped(model, beginning(model, batch.tokens), keys)
+    for key in keys:
+        expected = ((source.values[key] - base.values[key]) * base.gradients[key]).sum(-1)[batch.mask].numpy()
+        got = found["logit_diff_attribution_result"].sel(layer=key[1])[batch.indices].values[batch.mask.numpy()]
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(got, expected, atol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_dtypes(zoo, pairs, dtype):
+    """Sums and differences are float32; what the activations are rounded to shows."""
+    exact = attribution_patch(zoo.model("llama-gqa", dtype=torch.float64), pairs, ("z", "pattern"))
+    for method in ("atp", "ig", "ig_inputs"):
+        found = attribution_patch(zoo.model("llama-gqa", dtype=dtype), pairs, ("z", "pattern"), method=method, steps=2)
+        for site in ("z", "pattern"):
+            name = f"logit_diff_attribution_{site}"
+            assert found[name].dtype == np.float32
+            if method == "atp":
+                allowed = 16 * torch.finfo(dtype).eps * float(np.abs(exact[name]).max())
+                assert float(np.abs(found[name] - exact[name]).max()) < allowed
+
+
 def test_names_of_functions(zoo, pairs):
     model = zoo.model("gpt2")
     found = attribution_patch(model, pairs, "z", metric=lambda logits, tokens, n: last_logits(logits, n)[:, 3])
@@ -411,6 +444,7 @@ def nothing_runs(monkeypatch):
         ({"metric": "top1"}, MetricError, "no gradient"),
         ({"metric": "logit_dif"}, MetricError, "did you mean 'logit_diff'"),
         ({"metric": "kl", "direction": "noise"}, MetricError, "every first-order estimate is 0"),
+        ({"metric": ("logit_diff", "loss")}, MetricError, r"give the name of a metric, or a function f\(logits"),
         ({"metric": lambda x, tokens, n: x[0, 0, 0]}, MetricError, r"returns shape \(\) for logits of 2 prompts"),
         ({"metric": lambda x, tokens, n: x[:, 0]}, MetricError, "not one value for each"),
         ({"metric": lambda x, tokens, n: 1.0}, MetricError, "returns a float, not a tensor"),
