@@ -5,6 +5,7 @@ import pytest
 
 import fastinterp
 from fastinterp.analyses import Ablation
+from fastinterp.cli import scan as command
 from fastinterp.engine import run as engine_run
 from fastinterp.engine.options import described
 from fastinterp.errors import EmptyPromptError, OptionError, PromptError, StoreMismatchError
@@ -171,6 +172,20 @@ def test_the_limit_is_of_sweeps_alone(model):
         "direct": 20,
         "ablation_resample": 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(precision="delta", dtype="bfloat16"), "precision='delta' is for float32 models.* bfloat16"),
+        (dict(analysis="direct", ablation_limit=2), "ablation_limit=2 is for ablation, "),
+    ],
+)
+def test_the_command_refuses_what_does_not_fit_before_a_model_is_loaded(monkeypatch, tmp_path, options, message):
+    monkeypatch.setattr(fastinterp, "load", lambda *args, **kwargs: pytest.fail("it loaded a model"))
+    job = dict(model="gpt2", prompts=tmp_path / "no.jsonl", out=tmp_path / "run.zarr", analysis="ablation")
+    with pytest.raises(OptionError, match=message):
+        command.scan(**job | options)
 
 
 # Seeds and positions ------------------------------------------------------------------------------------------------
