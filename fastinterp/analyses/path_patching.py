@@ -110,7 +110,9 @@ def _pairs(sources: Any) -> Literal["all"] | tuple[Head, ...]:
     given = sources.tolist() if hasattr(sources, "tolist") else sources
     if isinstance(given, str) or not isinstance(given, Sequence) or len(given) == 0:
         raise OptionError(f"sources={sources!r}: {_GIVE}")
-    pairs = [given] if is_pair(given) else [pair.tolist() if hasattr(pair, "tolist") else pair for pair in given]
+    pairs = [pair.tolist() if hasattr(pair, "tolist") else pair for pair in given]
+    if not any(isinstance(pair, Sequence) for pair in pairs):
+        pairs = [tuple(pairs)]
     other = [pair for pair in pairs if not is_pair(pair)]
     if other:
         raise OptionError(f"sources has {other[0]!r}: {_GIVE}")
