@@ -73,6 +73,7 @@ def attribution_patch(
       attributions sum to the effect of patching all of the activation.
     - ``"ig_inputs"``: averaged over the line between the embeddings of both prompts (EAP-IG).
 
+    What the prompts of a pair begin with in common is the same in both runs, has attribution 0, and is run once.
     Attributions of one place add up over heads and positions; those of different layers do not, since what flows
     through an earlier layer flows through later ones again.
 
@@ -224,7 +225,7 @@ class AttributionPatch:
         return max(128, min(most, run_bytes(model.device) // kept_bytes(model, n_pos, self._keys(model.spec))))
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
-        """Both runs and the backward passes, which cost as much as what they go back through."""
+        """Both runs, and backward passes that cost as much; pairs that begin alike need less."""
         n_points = len(quadrature(self.rule, self.steps))
         blocks = {
             "atp": 3 * spec.n_layers,
@@ -327,7 +328,7 @@ class AttributionPatch:
             function=self.function,
             clean="source" if self.direction == "denoise" else "base",
             reduce=self.reduce,
-        )
+        ).sharing()
         if self.method == "atp":
             return pair.at_base()
         points = quadrature(self.rule, self.steps)

@@ -1,5 +1,6 @@
 """Gradients of metrics with respect to activations, prompt by prompt."""
 
+from fastinterp.gradients.ends import Ends, common_beginning
 from fastinterp.gradients.memory import copies_at_once, kept_bytes, layer_bytes, run_bytes
 from fastinterp.gradients.objective import DIFFERENTIABLE, MetricFunction, Objective, check_function, differentiable
 from fastinterp.gradients.pairs import Estimates, Pair
@@ -11,6 +12,7 @@ __all__ = [
     "DIFFERENTIABLE",
     "REDUCED",
     "RULES",
+    "Ends",
     "Estimates",
     "Gradients",
     "Key",
@@ -25,6 +27,7 @@ __all__ = [
     "averaged_gradients",
     "beginning",
     "check_function",
+    "common_beginning",
     "copies_at_once",
     "differentiable",
     "gradients",

@@ -44,9 +44,18 @@ def kept_bytes(model: Model, n_pos: int, keys: Iterable[Key]) -> int:
     return sum(layer_bytes(model, n_pos, by_layer.get(layer, ())) for layer in layers)
 
 
-def copies_at_once(model: Model, n_tokens: int, n_pos: int, keys: Iterable[Key], most: int) -> int:
-    """How many copies of a batch of ``n_tokens`` tokens go through the model together: from 1 to ``most``."""
-    each = n_tokens * kept_bytes(model, n_pos, keys)
+def copies_at_once(model: Model, shape: tuple[int, int], n_pos: int, keys: Iterable[Key], most: int) -> int:
+    """How many copies of a batch go through the model together: from 1 to ``most``.
+
+    ``shape`` are its rows and the tokens of each; where those are the ends of ``n_pos`` tokens, every layer has keys
+    and values of all of them.
+    """
+    n_rows, n_tokens = shape
+    keys, spec = tuple(keys), model.spec
+    layers = spec.n_layers - min(layer for _, layer in keys)
+    others = 2 * layers * spec.attention.n_kv_heads * spec.d_head * (n_pos - n_tokens)
+    itemsize: int = model.weights.W_E.element_size()
+    each = n_rows * (n_tokens * kept_bytes(model, n_pos, keys) + itemsize * others)
     return max(1, min(most, run_bytes(model.device) // each))
 
 

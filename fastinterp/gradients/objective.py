@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastinterp.errors import MetricError
+from fastinterp.gradients.ends import Ends
 from fastinterp.metrics import METRICS, RANKED, Metric, evaluate, evaluate_loss, get_metric
 from fastinterp.model.forward import final_logits
 from fastinterp.model.model import Model
@@ -68,7 +69,8 @@ class Objective:
 
     ``batch`` says where the metric is read: the last token, the answers; ``loss`` is the mean over the batch's own next
     tokens, whatever tokens the residuals are of. ``reference`` is the normalised final residual at the last token that
-    ``kl`` compares with. With a ``function`` it is that instead of the metric, of all logits.
+    ``kl`` compares with. With a ``function`` it is that instead of the metric, of all logits. With ``ends`` residuals
+    are those of the prompts' ends.
 
     Memory: of a metric, a few ``[row, d_model]`` tensors (``loss``: ``[row, pos, d_model]``) and tiles of the
     vocabulary; a function's logits ``[row, pos, d_vocab]``, with their gradient and what the function makes of them.
@@ -79,9 +81,12 @@ class Objective:
     metric: Metric | None
     function: MetricFunction | None = None
     reference: Float[Tensor, "row d_model"] | None = None
+    ends: Ends | None = None
 
     def __call__(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
         """Returns the metric of every row."""
+        if self.ends is not None:
+            resid = self.ends.whole(resid)
         if self.function is not None:
             return self._of_logits(resid)
         assert self.metric is not None
@@ -100,6 +105,8 @@ class Objective:
 
     def normalized(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row d_model"]:
         """Returns the normalised final residual at the last tokens."""
+        if self.ends is not None:
+            resid = self.ends.whole(resid)
         return self._normalized(self._last(resid))
 
     def repeated(self, n: int) -> "Objective":
@@ -107,7 +114,8 @@ class Objective:
         if n == 1:
             return self
         reference = None if self.reference is None else self.reference.repeat(n, 1)
-        return dataclasses.replace(self, batch=_repeated(self.batch, n), reference=reference)
+        ends = None if self.ends is None else self.ends.repeated(n)
+        return dataclasses.replace(self, batch=_repeated(self.batch, n), reference=reference, ends=ends)
 
     def _last(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row d_model"]:
         return resid[torch.arange(len(resid), device=resid.device), self.batch.last]

@@ -11,6 +11,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastinterp.gradients.ends import Ends, common_beginning
 from fastinterp.gradients.memory import copies_at_once
 from fastinterp.gradients.objective import MetricFunction, Objective
 from fastinterp.gradients.paths import Point, averaged_gradients, interpolated
@@ -39,7 +40,7 @@ class Pair:
     """A base run and a source run of as many tokens, the activations that are compared, and the metric.
 
     The metric is read where ``base`` says; ``clean`` is the run that ``kl`` compares with. ``reduce``: as
-    :func:`attributions` sums.
+    :func:`attributions` sums. With ``ends`` (see :meth:`sharing`) only these are run.
     """
 
     model: Model
@@ -50,6 +51,11 @@ class Pair:
     function: MetricFunction | None = None
     clean: Literal["base", "source"] = "source"
     reduce: Collection[str] = ("pos",)
+    ends: Ends | None = None
+
+    def sharing(self) -> "Pair":
+        """Returns the pair with what both runs have in common run once, where that is worth it."""
+        return dataclasses.replace(self, ends=common_beginning(self.model, self.base, self.source))
 
     def at_base(self) -> Estimates:
         """Returns attributions with the gradient at the base run: one run with gradients, one without.
@@ -59,7 +65,7 @@ class Pair:
         assert self.clean == "source" or not self.metric.relative
         source = self._run(self.source, self.keys)
         objective = self._objective(source, source)
-        found = gradients(self.model, beginning(self.model, self.base.tokens), self.keys, objective)
+        found = gradients(self.model, beginning(self.model, self.base.tokens, self.ends), self.keys, objective)
         return Estimates(
             attributions={key: self._attributed(key, source, found.values, found.gradients) for key in self.keys},
             base=found.metric,
@@ -111,10 +117,12 @@ class Pair:
         return Estimates(attributions=kept, base=values[0], source=values[1], errors={inputs: error})
 
     def _run(self, tokens: Int[Tensor, "batch pos"], keys: Sequence[Key]) -> Tapped:
-        return tapped(self.model, beginning(self.model, tokens), keys, stop=self.model.spec.n_layers)
+        return tapped(self.model, beginning(self.model, tokens, self.ends), keys, stop=self.model.spec.n_layers)
 
     def _objective(self, base: Tapped, source: Tapped) -> Objective:
-        objective = Objective(model=self.model, batch=self.base, metric=self.metric, function=self.function)
+        objective = Objective(
+            model=self.model, batch=self.base, metric=self.metric, function=self.function, ends=self.ends
+        )
         if not self.metric.relative:
             return objective
         clean = base if self.clean == "base" else source
@@ -123,19 +131,30 @@ class Pair:
     def _with(self, base: Tapped, key: Key, value: Tensor) -> tuple[Start, dict[Key, Tensor]]:
         """The run that begins at an activation's layer as copies of the base run do, with other values of it."""
         name, layer = key
+        n = len(value) // len(self.base)
+        ends = None if self.ends is None else self.ends.repeated(n)
         if name == "resid_pre":
-            return Start(layer=layer, resid=value), {}
-        resid = base.values["resid_pre", layer]
-        return Start(layer=layer, resid=resid.repeat(len(value) // len(resid), 1, 1)), {key: value}
+            return Start(layer=layer, resid=value, ends=ends), {}
+        resid = base.values["resid_pre", layer].repeat(n, 1, 1)
+        return Start(layer=layer, resid=resid, ends=ends), {key: value}
 
     def _at_once(self, keys: Sequence[Key], n_points: int) -> int:
         n_rows, n_pos = self.base.tokens.shape
-        return copies_at_once(self.model, n_rows * n_pos, n_pos, keys, n_points)
+        width = n_pos if self.ends is None else self.ends.width
+        return copies_at_once(self.model, (n_rows, width), n_pos, keys, n_points)
 
     def _attributed(
         self, key: Key, source: Tapped, base: Mapping[Key, Tensor], gradient: Mapping[Key, Tensor]
     ) -> Tensor:
-        return attributions(key[0], source.values[key], base[key], gradient[key], self.base.mask, self.reduce)
+        site, mask, ends = key[0], self.base.mask, self.ends
+        values = source.values[key], base[key], gradient[key]
+        if ends is None:
+            return attributions(site, *values, mask, self.reduce)
+        found = attributions(site, *values, ends.of(mask), self.reduce, keys=mask)
+        if "pos" in self.reduce:
+            return found
+        # In front of the ends nothing differs.
+        return ends.placed(found.movedim(-2, 1)).movedim(1, -2) if site == "pattern" else ends.placed(found)
 
 
 def _total(found: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:

@@ -19,19 +19,21 @@ def attributions(
     gradient: Float[Tensor, "batch ..."],
     mask: Bool[Tensor, "batch pos"],
     reduce: Collection[str] = ("pos",),
+    keys: Bool[Tensor, "batch key_pos"] | None = None,
 ) -> Float[Tensor, "batch ..."]:
     """Returns ``(source - base) * gradient`` of one activation, summed over features and what ``reduce`` names.
 
     Features are the last axis of the activation; of ``post`` and ``pattern`` every entry counts by itself. The result
     is ``[batch, pos, head]``, of a residual ``[batch, pos]``, of ``post`` ``[batch, pos, neuron]``, of ``pattern``
     ``[batch, head, query_pos, key_pos]``, without the axes of ``reduce`` (``"pos"`` stands for both of the pattern's,
-    ``"head"`` for KV heads too). At padding it is 0. At least float32; the difference is formed first.
+    ``"head"`` for KV heads too). At padding, where ``mask`` is False, it is 0; ``keys`` is the mask of a pattern's keys
+    where those of its queries are others. At least float32; the difference is formed first.
     """
     by_pos = "pos" not in reduce
     if site == "pattern":
         found = _each(source, base, gradient) if by_pos else attribution_reduce(source, base, gradient)
         if by_pos:
-            found = found.masked_fill(~mask[:, None, None, :], 0.0)
+            found = found.masked_fill(~(mask if keys is None else keys)[:, None, None, :], 0.0)
         found = found.masked_fill(~mask.view(len(mask), 1, -1, *[1] * by_pos), 0.0)
         found = found if by_pos else found.sum(-1)
         return found.sum(1) if "head" in reduce else found

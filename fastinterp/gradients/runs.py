@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.model.attention import make_frame
+from fastinterp.gradients.ends import Ends
+from fastinterp.model.attention import continuing_frame, make_frame
 from fastinterp.model.forward import check_taps, embed, run_blocks
 from fastinterp.model.intervene import Replaces, Taps
 from fastinterp.model.model import Model
@@ -30,10 +31,14 @@ Measure = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run begins: the residual stream in front of block ``layer``, padded on the right."""
+    """Where a run begins: the residual stream in front of block ``layer``, padded on the right.
+
+    With ``ends`` the rows are the ends of prompts, and so is everything that is tapped.
+    """
 
     layer: int
     resid: Float[Tensor, "row pos d_model"]
+    ends: Ends | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +59,12 @@ class Gradients:
 
 
 @torch.no_grad()
-def beginning(model: Model, tokens: Int[Tensor, "row pos"]) -> Start:
-    """Returns the start of a whole run: the embeddings."""
-    return Start(layer=0, resid=embed(model.weights, tokens))
+def beginning(model: Model, tokens: Int[Tensor, "row pos"], ends: Ends | None = None) -> Start:
+    """Returns the start of a run from the embeddings on: of whole prompts, or of their ends."""
+    if ends is None:
+        return Start(layer=0, resid=embed(model.weights, tokens))
+    resid = embed(model.weights, ends.of(tokens), positions=ends.at)
+    return Start(layer=0, resid=resid, ends=ends)
 
 
 @torch.no_grad()
@@ -123,7 +131,8 @@ def gradients(
     with torch.no_grad():
         resid = _blocks(model, start, taps, start.layer, first)
     with torch.enable_grad():
-        final = _blocks(model, Start(layer=first, resid=resid), taps, first, model.spec.n_layers)
+        above = Start(layer=first, resid=resid, ends=start.ends)
+        final = _blocks(model, above, taps, first, model.spec.n_layers)
         metric = measure(final)
         del final
         found = torch.autograd.grad(metric.sum(), [taps.values[key] for key in wanted])
@@ -146,7 +155,11 @@ def _taps(wanted: Sequence[Key], edits: Mapping[Key, Replaces]) -> Taps:
 
 def _blocks(model: Model, start: Start, taps: Taps, first: int, stop: int) -> Float[Tensor, "row pos d_model"]:
     resid = start.resid
-    frame = make_frame(model.spec, resid.shape[1], device=resid.device, dtype=resid.dtype)
+    n_pos = resid.shape[1]
+    if start.ends is None:
+        frame = make_frame(model.spec, n_pos, device=resid.device, dtype=resid.dtype)
+    else:
+        frame = continuing_frame(model.spec, start.ends, n_pos, dtype=resid.dtype)
     return run_blocks(model.spec, model.weights, resid, frame, taps, start=first, stop=stop)
 
 

@@ -196,6 +196,49 @@ def test_company_changes_nothing(zoo, pairs, method):
         assert float(np.abs(rounded[name] - array).max()) < 1e-4 * max(1.0, float(np.abs(array).max()))
 
 
+def late_pairs():
+    """Pairs whose beginnings are the same: of one the whole prompt, of others all but one, two or five tokens."""
+    generator = torch.Generator().manual_seed(8)
+    prompts, corrupt = [], []
+    for n, same in ((9, 8), (12, 10), (5, 5), (11, 6), (12, 9)):
+        clean, other = (torch.randint(1, 379, (n,), generator=generator).tolist() for _ in range(2))
+        prompts.append(clean)
+        corrupt.append([*clean[:same], *other[same:]])
+    return PromptSet.of(prompts, corrupt=corrupt, answer=[30, 31, 32, 33, 34], wrong=[40, 41, 42, 43, 44])
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "metric", "direction"),
+    [
+        ("gpt2", "atp", "logit_diff", "denoise"),
+        ("mistral-window", "atp", "loss", "noise"),
+        ("gemma2-softcaps", "atp", "kl", "denoise"),
+        ("gpt-neox", "ig_inputs", "function", "noise"),
+        ("llama-gqa", "ig", "kl", "noise"),
+        ("gemma3-mixed-rope", "ig", "logprob", "denoise"),
+    ],
+)
+def test_common_beginnings_are_run_once(zoo, monkeypatch, name, method, metric, direction):
+    model, pairs = zoo.model(name, dtype=torch.float64), late_pairs()
+    metric = of_a_function if metric == "function" else metric
+    options = {"method": method, "metric": metric, "direction": direction, "steps": 2}
+    sites = ("pattern", "post", "k") if method == "ig" else sites_of(model)
+    rows = []
+    run_blocks = runs.run_blocks
+    monkeypatch.setattr(
+        runs, "run_blocks", lambda *args, **kw: (rows.append(args[2].shape), run_blocks(*args, **kw))[1]
+    )
+    found = [attribution_patch(model, pairs, sites, reduce=reduce, **options) for reduce in ((), ("pos",))]
+    assert {n_pos for _, n_pos, _ in rows} == {5}
+    monkeypatch.setattr("fastinterp.gradients.ends._ENDS_SHARE", 0.0)
+    for reduce, shared in zip(((), ("pos",)), found, strict=True):
+        expected = attribution_patch(model, pairs, sites, reduce=reduce, **options)
+        for array in expected:
+            largest = max(1.0, float(np.abs(expected[array]).max()))
+            np.testing.assert_allclose(shared[array], expected[array], atol=EXACT * largest, err_msg=array)
+    assert 12 in {n_pos for _, n_pos, _ in rows}
+
+
 def last_logits(logits, n_tokens):
     return logits[torch.arange(len(logits)), n_tokens - 1]
 
