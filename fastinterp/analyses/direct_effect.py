@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastinterp.analyses.base import Field, Pos, check_pos, collect, tokenized
 from fastinterp.analyses.heads import ChosenHeads, Heads, choose_heads, heads_dims
-from fastinterp.analyses.replacements import mean_activations
+from fastinterp.analyses.replacements import mean_activations, reference_tokens
 from fastinterp.analyses.written import Written, heads_write
 from fastinterp.errors import MetricError, check_choice
 from fastinterp.metrics import RANKED, Metric, from_target_logits, get_metric
@@ -68,14 +68,11 @@ def direct_effect(
     tokens = tokenized(model, prompts, analysis.metric)
     choose_heads(model.spec, heads)
     if mode == "mean":
-        known = tokens if reference is None else tokenized(model, reference, _NEEDS_NOTHING)
+        known = tokens if reference is None else reference_tokens(model, reference, tokens)
         found = mean_activations(model, known, {"z": set(range(model.spec.n_layers))})
         means = [found["z", layer] for layer in range(model.spec.n_layers)]
         analysis = dataclasses.replace(analysis, means=means)
     return collect(analysis, model, tokens)
-
-
-_NEEDS_NOTHING = get_metric("loss")
 
 
 @dataclass(frozen=True, kw_only=True)

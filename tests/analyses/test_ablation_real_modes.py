@@ -1,5 +1,7 @@
 """SmolLM2-135M: zero, mean and resample ablation, total and direct, against hooks of TransformerLens."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -61,12 +63,11 @@ def test_units_equal_hooks(smollm2, smollm2_bridge):
     data = ablate(smollm2, given, units=UNITS, mode=MODES, metric=metrics, effect="both")
     sites = {part[:2] for unit in PARTS for part in unit}
     loop = Loop(Direct(smollm2_bridge), smollm2.spec, prompts, answer, wrong, corrupt=other, sites=sites)
+    ways = list(itertools.product(range(len(UNITS)), MODES, ("total", "direct")))
     largest = 0.0
     for row, ids in enumerate(prompts):
-        # Every unit, mode and effect in turn, and every combination of them over the prompts.
-        for step in range(9):
-            index, mode = (row + step) % len(UNITS), MODES[(row + step // 3) % 3]
-            effect = ("total", "direct")[step % 2]
+        # Every combination of them once, of one prompt or another.
+        for index, mode, effect in ways[row :: len(prompts)]:
             wanted = loop.effect(row, PARTS[index], mode, range(len(ids)), effect)
             for metric in metrics:
                 got = data[f"{metric}_{mode}_{effect}"][row].values[..., index]

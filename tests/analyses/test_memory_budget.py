@@ -95,14 +95,13 @@ ABLATIONS = [
     ("gemma2", EVEN, {"mode": "resample", "units": "layers"}),
     ("gpt2", MIXED, {"effect": "both", "metric": ("logit_diff", "loss"), "mode": ("zero", "mean", "resample")}),
     ("llama", EVEN, {"effect": "both", "units": "mlps", "metric": "kl"}),
-    ("llama", [9] * 4, {"pos": "each", "units": "attns"}),
-    ("gpt2", [7] * 4, {"pos": "each", "units": "attns", "metric": "loss"}),
+    ("llama", [6] * 4, {"pos": "each", "units": "attns"}),
+    ("gpt2", [5] * 3, {"pos": "each", "units": "attns", "metric": "loss"}),
     ("llama", EVEN, {"precision": "delta"}),
-    ("gpt2", MIXED, {"precision": "delta", "pos": -1, "mode": "mean"}),
     ("llama", MIXED, {"pos": slice(1, None), "units": "mlps"}),
 ]
 PATCHES = [
-    ("llama", [5] * 4, {}),
+    ("llama", [4] * 3, {}),
     ("gpt2", MIXED, {"sites": ("q", "v", "pattern"), "by": "head"}),
     ("llama", [4] * 3, {"sites": ("pattern", "k"), "by": "head_position"}),
     ("gemma2", [16] * 4, {"sites": "pattern", "by": "layer"}),

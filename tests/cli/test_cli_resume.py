@@ -207,7 +207,7 @@ def test_a_complete_store_needs_no_computing(cli, complete, out, computed, files
         (["--no-bos"], "options.prepend_bos: store has true, this run has false"),
         (["--limit", "20"], "n_prompts: store has 22, this run has 20"),
         (["--ablation-limit", "5"], "options.analyses.ablation.prompts: store has 13, this run has 5"),
-        (["--analysis", "dla"], "options.analyses.ablation.prompts: store has 13, this run has no such field"),
+        (["--analysis", "ablation"], "options.analyses.dla.prompts: store has 22, this run has no such field"),
         (["--answer-token", "first"], 'options.answer_token: store has "single", this run has "first"'),
         (["--bad-prompts", "reject"], 'options.bad_prompts: store has "error", this run has "reject"'),
         (["--processing", "none"], 'processing: store has "transformer_lens", this run has "none"'),

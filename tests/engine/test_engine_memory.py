@@ -13,10 +13,8 @@ from tests.analyses.test_memory_budget import Allocated
 from tests.engine.test_engine_ablation_options import REFERENCE, paired
 
 OPTIONS = {
-    "zero": dict(analysis="ablation", metric="loss,logit_diff", effect="both"),
-    "mean of others": dict(analysis="ablation_mean", reference=REFERENCE),
+    "mean": dict(analysis="ablation_mean", metric="loss,logit_diff", effect="both", reference=REFERENCE),
     "resample": dict(analysis="ablation_resample", units="layers"),
-    "direct": dict(analysis="direct", metric="kl"),
 }
 
 
