@@ -1,5 +1,6 @@
 """What a TransformerLens user writes about edits of single heads at some positions, or read at every token."""
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ def losses(bridge: Any, tokens: Int[Tensor, "batch pos"], **forward_options: Any
     """Loss of every token but the first."""
     logits = bridge(tokens, return_type="logits", **forward_options)
     return _token_losses(logits, tokens)
+
+
+def in_float64(bridge: Any) -> Any:
+    """Returns a copy that computes in float64, for what float32 rounds off too much to compare with."""
+    return copy.deepcopy(bridge).double()
 
 
 @torch.no_grad()

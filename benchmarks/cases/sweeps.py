@@ -13,6 +13,7 @@ A prompt's scores with its keys are left out; of ``ablate_here`` they are the la
 the last block, where one position is read, the sums count every position behind the edit.
 """
 
+import functools
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +41,8 @@ def setup_loss(fixtures: Fixtures) -> Prepared:
     bridge, (n_layers, n_heads) = fixtures.bridge, fixtures.shape
     clean = naive_sweeps.losses(bridge, work.tokens)
     shape = (n_layers, n_heads, *clean.shape)
+    wide = functools.cache(lambda: naive_sweeps.in_float64(bridge))
+    wide_clean = functools.cache(lambda: naive_sweeps.losses(wide(), work.tokens))
     return Prepared(
         workload=f"{work}, {np.prod(fixtures.shape)} heads",
         n_tokens=work.n_tokens,
@@ -50,6 +53,10 @@ def setup_loss(fixtures: Fixtures) -> Prepared:
                 shape=shape,
                 n_iterations=n_layers * n_heads,
                 step=lambda item: naive_sweeps.ablated_losses(bridge, work.tokens, *divmod(item, n_heads)) - clean,
+                # The difference of two losses out of float32 runs is off by more than the tolerance at times.
+                reference=lambda item: (
+                    naive_sweeps.ablated_losses(wide(), work.tokens, *divmod(item, n_heads)) - wide_clean()
+                ),
                 where=lambda item: divmod(item, n_heads),
             ),
             Baseline(
@@ -58,6 +65,7 @@ def setup_loss(fixtures: Fixtures) -> Prepared:
                 shape=shape,
                 n_iterations=n_layers,
                 step=lambda layer: naive_sweeps.ablated_losses_of_layer(bridge, work.tokens, layer) - clean,
+                reference=lambda layer: naive_sweeps.ablated_losses_of_layer(wide(), work.tokens, layer) - wide_clean(),
                 where=lambda layer: (layer,),
             ),
         ),
