@@ -86,7 +86,7 @@ def _exact_losses(bridge: Any, tokens: torch.Tensor, layer: int, head: int) -> t
 
 def compare(fixtures: Fixtures, n_prompts: int, n_pos: int, n_heads: int) -> list[dict[str, Any]]:
     """Returns one row per case: bytes and seconds of the loop's iteration, of fastinterp, and of it with a limit."""
-    work = fixtures.random(n_prompts, min(n_pos, fixtures.model.spec.n_ctx))
+    work = fixtures.text(n_prompts, min(n_pos, fixtures.model.spec.n_ctx))
     n_layers, heads_per_layer = fixtures.shape
     heads = [(i * n_layers // n_heads, i % heads_per_layer) for i in range(n_heads)]
     rows = []

@@ -1,6 +1,7 @@
 """The same weights twice, once for fastinterp and once for TransformerLens, and the prompts that both get."""
 
 import copy
+import dataclasses
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass
@@ -86,6 +87,22 @@ class Fixtures:
     def _ids(self, answers: list[Any]) -> torch.Tensor:
         ids = [answer if isinstance(answer, int) else self.bridge.to_single_token(answer) for answer in answers]
         return torch.tensor(ids, device=self.device)
+
+    def text(self, n_prompts: int, n_pos: int) -> Workload:
+        """Returns prompts of sentences one after the other, cut to one length; random tokens for a random model.
+
+        Their answers are random: this is for what is read at every token.
+        """
+        work = self.random(n_prompts, n_pos)
+        if self.random_tokens:
+            return work
+        drawn = ioi(n_prompts * (n_pos // 10 + 1), seed=0, model=self.model)
+        sentences = [f"{prompt}{answer}." for prompt, answer in zip(drawn.prompts, drawn.answer, strict=True)]
+        encoded = self.model.encode([" ".join(sentences[row::n_prompts]) for row in range(n_prompts)])
+        if min(map(len, encoded)) < n_pos:
+            raise ValueError(f"{n_pos // 10 + 1} IOI sentences have fewer than {n_pos} tokens")
+        ids = [tokens[:n_pos] for tokens in encoded]
+        return dataclasses.replace(work, prompts=PromptSet.of(ids), tokens=torch.tensor(ids, device=self.device))
 
     def random(self, n_prompts: int, n_pos: int) -> Workload:
         """Returns prompts of random tokens, the same each time, with random answers."""

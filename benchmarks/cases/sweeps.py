@@ -37,7 +37,7 @@ def _sized(fixtures: Fixtures, shape: tuple[int, int]) -> tuple[int, int]:
 
 def setup_loss(fixtures: Fixtures) -> Prepared:
     """Loss of every token without each head."""
-    work = fixtures.random(*_sized(fixtures, N_LOSS))
+    work = fixtures.text(*_sized(fixtures, N_LOSS))
     bridge, (n_layers, n_heads) = fixtures.bridge, fixtures.shape
     clean = naive_sweeps.losses(bridge, work.tokens)
     shape = (n_layers, n_heads, *clean.shape)
