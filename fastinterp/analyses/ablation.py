@@ -37,6 +37,7 @@ from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
 from fastinterp.sweep.memory import SweepMemory, check_budget
+from fastinterp.sweep.resident import give_back
 
 Effect = Literal["total", "direct", "both"]
 
@@ -299,6 +300,7 @@ class Ablation:
         else:
             clean = clean_run(model, batch, self.metrics)
         found |= {f"{name}_clean": value.to(dtype) for name, value in clean.values.items()}
+        give_back(model.device)
         if "direct" in self.effects:
             if self.precision in ("tf32", "bf16"):
                 # What direct effects are differences from is not rounded.

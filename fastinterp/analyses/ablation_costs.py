@@ -11,6 +11,8 @@ from fastinterp.model.model import Model
 from fastinterp.sweep import Precision
 from fastinterp.sweep.costs import Demand
 
+# Tokens of a batch (on a GPU, on a CPU): with few variants, more make a product no faster.
+_TOKENS = (1 << 18, 1 << 11)
 # Tokens of a batch of which only the ends are computed (on a GPU, on a CPU), and of a prompt that is short among those.
 _END_TOKENS = (1 << 15, 1 << 10)
 _SHORT_PROMPT = 16
@@ -66,7 +68,7 @@ def ablation_costs(
 
 
 def usual_tokens(model: Model, n_variants: int, pos: EditPos, *, swept: bool) -> int:
-    """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product."""
+    """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product and no more."""
     cpu = model.device.type == "cpu"
     if not swept:
         return 1 << 12 if cpu else 1 << 14
@@ -75,4 +77,4 @@ def usual_tokens(model: Model, n_variants: int, pos: EditPos, *, swept: bool) ->
     if isinstance(pos, int) and pos < 0:
         # Only the ends of prompts are computed, which are seldom shorter than this.
         return max(256, min(_END_TOKENS[cpu], most_bytes // each * _SHORT_PROMPT // -pos))
-    return max(256, most_bytes // each)
+    return max(256, min(_TOKENS[cpu], most_bytes // each))

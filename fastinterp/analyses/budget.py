@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from fastinterp.analyses.replacements import usual_mean_tokens
+from fastinterp.analyses.written import prompts_at_once
 from fastinterp.errors import OptionError
 from fastinterp.metrics import RANKED, Metric
 from fastinterp.model.model import Model
@@ -16,7 +18,6 @@ from fastinterp.sweep.costs import BatchShape, Cost, Demand, Measured
 from fastinterp.sweep.memory import SweepMemory, least_plan, not_enough, plan_memory, roomy_plan
 from fastinterp.sweep.widths import Widths
 
-MEAN_TOKENS = 4096
 DIRECT_BYTES = 1 << 25
 """Residuals ``[unit, row, d_model]`` of direct effects that are measured together."""
 
@@ -74,7 +75,7 @@ class MeanCost:
 
     def tokens(self, budget: int | None) -> int:
         """Tokens of a batch of the pass."""
-        n_tokens = MEAN_TOKENS
+        n_tokens = usual_mean_tokens(self.widths.device_type)
         while budget is not None and n_tokens > 1 and self.peak(n_tokens) > budget:
             n_tokens //= 2
         return n_tokens
@@ -92,6 +93,7 @@ class DirectCost:
     n_units: int
     heads: bool
     n_modes: int
+    n_replacing: int
     resampled: bool
     copies: bool
     measured: Measured
@@ -109,24 +111,37 @@ class DirectCost:
         """The most that is alive at a time."""
         widths, spec = self.widths, self.widths.spec
         rows, wide, d = self._rows(shape), widths.wide, spec.d_model * widths.wide
-        z = spec.n_layers * spec.n_heads * spec.d_head * wide
+        layers = len(self.sites.get("z", ()))
+        layer = rows * spec.n_heads * spec.d_head * wide
+        z = layers * layer
         others = sum(len(layers) * widths.site(site) for site, layers in self.sites.items() if site != "z")
         others = others // widths.itemsize * wide
-        W_O = spec.n_heads * spec.d_head * d * spec.n_layers
-        copied = W_O if self.copies else 0
-        kept = rows * (z + others + 2 * d) + copied
+        W_O = spec.n_heads * spec.d_head * d
+        copied = layers * W_O if self.copies else 0
+        kept = z + rows * (others + 2 * d) + copied
         runs = 2 if self.resampled else 1
         both = 2 if self.measured.per_token and self.measured.linear + self.measured.full else 1
-        making = rows * (2 * z + 2 * others + 5 * d) + copied // max(1, spec.n_layers)
-        making += widths.block(shape.nodes, shape.slots, shape.padded, formed=widths.formed)
+        widest = max((widths.site(site) // widths.itemsize * wide for site in self.sites), default=0)
+        together = min(shape.n_prompts, prompts_at_once(widths.device_type, shape.n_pos))
+        part = dataclasses.replace(shape, n_prompts=together)
+        making = self._rows(part) * (z + rows * others) // rows + 3 * max(layer, rows * widest) + rows * 5 * d
+        making += widths.block(part.nodes, part.slots, part.padded, formed=widths.formed) + (W_O if self.copies else 0)
         some = min(max(residual_bytes, self.unit_bytes(shape)), self.n_units * self.unit_bytes(shape))
-        measuring = (W_O + 5 * rows * z + self._kernels(rows)) if self.heads else self._explicit(rows, some)
+        measuring = self._replaced(rows, z, layer) + self._kernels(rows) if self.heads else self._explicit(rows, some)
         metrics = self.measured.linear + self.measured.full + self.measured.per_token
         values = rows * self.n_units * (12 * (6 + 2 * self.measured.n_targets) + 4 * metrics * self.n_modes)
         index = shape.slots * 8 * 8 + shape.padded**2 * 12 + shape.slots * widths.rope
         if self.each:
             values += rows * self.n_units * shape.n_pos * 8 * (3 + metrics * self.n_modes)
         return values + index + both * runs * kept + max(making, measuring) + (1 << 16)
+
+    def _replaced(self, rows: int, z: int, layer: int) -> int:
+        """What is taken away of heads' values, in place for one mode; and chosen heads, where not all of a layer."""
+        spec, wide = self.widths.spec, self.widths.wide
+        found = 3 * layer + (z if self.n_replacing > 1 else 0)
+        if self.n_units < len(self.sites["z"]) * spec.n_heads:
+            found += self.n_units * spec.d_head * wide * (rows + spec.d_model)
+        return found
 
     def _explicit(self, rows: int, residuals: int) -> int:
         """Edited residuals, and what is measured of them."""
@@ -168,6 +183,7 @@ def direct_cost(
         n_units=n_units,
         heads=heads,
         n_modes=len(modes),
+        n_replacing=sum(mode != "zero" for mode in modes),
         resampled="resample" in modes,
         copies=unfolded or model.weights.W_E.element_size() < 4,
         measured=measured_by(metrics, n_targets),

@@ -1,6 +1,7 @@
 """Direct effects: the metric if a head did not write to the logits itself, for every head at once."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,8 +70,8 @@ def direct_effect(
     choose_heads(model.spec, heads)
     if mode == "mean":
         known = tokens if reference is None else reference_tokens(model, reference, tokens)
-        found = mean_activations(model, known, {"z": set(range(model.spec.n_layers))})
-        means = [found["z", layer] for layer in range(model.spec.n_layers)]
+        found = mean_activations(model, known, {"z": set(choose_heads(model.spec, heads).layers)})
+        means = {layer: mean for (_, layer), mean in found.items()}
         analysis = dataclasses.replace(analysis, means=means)
     return collect(analysis, model, tokens)
 
@@ -83,7 +84,7 @@ class DirectEffect:
     mode: Mode = "zero"
     metric_name: str = "loss"
     pos: Pos = -1
-    means: list[Tensor] | None = field(default=None, repr=False, compare=False)
+    means: dict[int, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuses modes, metrics and positions that there are not."""
@@ -146,15 +147,14 @@ class DirectEffect:
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Returns ``{metric_clean: [batch, (pos)], metric_mode_direct: [batch, (pos), layer, head]}``."""
         where: Pos = "all" if self._every_position else self.pos
-        written = heads_write(model, batch, where, scored_only=self.metric.per_token)
         chosen = choose_heads(model.spec, self.heads)
-        replacement = None
-        if self.mode == "mean":
-            assert self.means is not None
-            replacement = [mean[None] for mean in self.means]
+        written = heads_write(model, batch, where, chosen.layers, scored_only=self.metric.per_token)
+        means = self.means
+        replacement = None if means is None else lambda layer: means[layer][None]
         targets = metric_targets(self.metric, batch, written)
         clean = clean_values(model, batch, written, self.metric, targets)
-        ablated = head_values(model, batch, written, chosen, replacement, self.metric, targets)
+        removed = written.removed(replacement, in_place=True)
+        ablated = head_values(model, batch, written, chosen, removed, self.metric, targets)
         effect = chosen.shaped(ablated - clean[:, None])
         name, every = self.metric.name, self._every_position
         return {
@@ -198,26 +198,21 @@ def head_values(
     batch: Batch,
     written: Written,
     chosen: ChosenHeads,
-    replacement: list[Float[Tensor, "#row head d_head"]] | None,
+    removed: Mapping[int, Float[Tensor, "row head d_head"]],
     metric: Metric,
     targets: Int[Tensor, "row k"],
 ) -> Float[Tensor, "row chosen"]:
     """Returns the metric of every row without each chosen head's direct contribution, in the order of ``of``.
 
-    ``replacement``, for each layer, is what stands in place of ``z``, in front of any norm; None for zero. Metrics of
-    single logits are products with their columns of ``W_U``, all others one pass over the vocabulary for all heads.
+    ``removed`` is what is taken away of each layer's ``z``, see :meth:`Written.removed`. Metrics of single logits are
+    products with their columns of ``W_U``, all others one pass over the vocabulary for all heads.
     """
-    z, W_O = chosen.of(written.z, axis=1), chosen.of(written.W_O, axis=0)
-    scaled = None
-    if replacement is not None:
-        pairs = zip(replacement, written.divisor, strict=True)
-        scaled = chosen.of([other / divisor[..., None] for other, divisor in pairs], axis=1)
+    z, W_O = chosen.of(removed, axis=1), chosen.of(written.W_O, axis=0)
     if metric.linear:
-        removed = z if scaled is None else [a - b for a, b in zip(z, scaled, strict=True)]
         columns = []
         for column in targets.unbind(-1):
             direction, raw = _raw(model, written, column)
-            without = raw[:, None] - head_gather(removed, W_O, direction, per_row=True)
+            without = raw[:, None] - head_gather(z, W_O, direction, per_row=True)
             columns.append(_bounded(model, without, column))
         return from_target_logits(metric, torch.stack(columns, -1), _n_answers(batch))
     found = direct_effect_loss(
@@ -227,7 +222,6 @@ def head_values(
         model.weights.W_U,
         targets,
         model.weights.b_U,
-        replacement=scaled,
         softcap=model.spec.final_softcap,
         kl=metric.name == "kl",
         rank=metric.name in RANKED,

@@ -44,8 +44,10 @@ def direct_values(
         if not some:
             continue
         rows = _Rows(model, batch, chosen, modes, means, every_position=per_token)
-        for mode in modes:
-            measured = rows.measured(some, mode, _RESIDUAL_BYTES if residual_bytes is None else residual_bytes)
+        # The last one may replace the heads' values in place, and nothing can come in front of zeros.
+        ordered = sorted(modes, key=lambda mode: mode != "zero")
+        for mode in ordered:
+            measured = rows.measured(some, mode, residual_bytes or _RESIDUAL_BYTES, last=mode == ordered[-1])
             for name, values in measured.items():
                 # [row, unit]; padding is NaN.
                 spread = rows.written.spread(values, batch, every_position=per_token)
@@ -71,12 +73,13 @@ class _Rows:
         self.post_norms = model.spec.post_norms
         captures = self._captures()
         pos: Any = "all" if every_position else -1
-        self.written = heads_write(model, batch, pos, scored_only=every_position, others=captures)
+        layers = sorted(chosen.sites.get("z", ()))
+        self.written = heads_write(model, batch, pos, layers, scored_only=every_position, others=captures)
         self.other: Written | None = None
         if "resample" in modes:
             assert batch.corrupt is not None
             corrupt = dataclasses.replace(batch, tokens=batch.corrupt)
-            self.other = heads_write(model, corrupt, pos, scored_only=every_position, others=captures)
+            self.other = heads_write(model, corrupt, pos, layers, scored_only=every_position, others=captures)
 
     def _captures(self) -> list[Capture]:
         sites = self.chosen.sites
@@ -86,11 +89,12 @@ class _Rows:
         return captures
 
     def measured(
-        self, metrics: Sequence[Metric], mode: str, residual_bytes: int
+        self, metrics: Sequence[Metric], mode: str, residual_bytes: int, *, last: bool
     ) -> dict[str, Float[Tensor, "row unit"]]:
+        """Returns the metrics of every unit; with ``last`` no other mode may follow."""
         heads = self.chosen.single_heads
         if heads is not None:
-            return {metric.name: self._heads(metric, mode, heads) for metric in metrics}
+            return self._heads(metrics, mode, heads, last=last)
         n_rows, d_model = self.written.x.shape
         step = max(1, residual_bytes // max(1, n_rows * d_model * self.written.x.element_size()))
         units = self.chosen.units
@@ -101,14 +105,18 @@ class _Rows:
                 found[name].append(values)
         return {name: torch.cat(values).T for name, values in found.items()}
 
-    def _heads(self, metric: Metric, mode: str, heads: list[tuple[int, int]]) -> Float[Tensor, "row unit"]:
+    def _heads(
+        self, metrics: Sequence[Metric], mode: str, heads: list[tuple[int, int]], *, last: bool
+    ) -> dict[str, Float[Tensor, "row unit"]]:
         chosen = choose_heads(self.model.spec, heads)
-        replacement = None
-        if mode != "zero":
-            replacement = [self._replacement("z", layer, mode) for layer in range(self.model.spec.n_layers)]
-        targets = metric_targets(metric, self.batch, self.written)
-        ablated = head_values(self.model, self.batch, self.written, chosen, replacement, metric, targets)
-        return chosen.shaped(ablated)
+        replacement = None if mode == "zero" else lambda layer: self._replacement("z", layer, mode)
+        removed = self.written.removed(replacement, in_place=last)
+        found: dict[str, Tensor] = {}
+        for metric in metrics:
+            targets = metric_targets(metric, self.batch, self.written)
+            values = head_values(self.model, self.batch, self.written, chosen, removed, metric, targets)
+            found[metric.name] = chosen.shaped(values)
+        return found
 
     def _replacement(self, site: str, layer: int, mode: str) -> Tensor:
         """What stands in place of an activation, ``[row or 1, ...]``."""
@@ -118,9 +126,6 @@ class _Rows:
                 return self.other.z[layer] * self.other.divisor[layer][..., None]
             return self.other.others[site, layer]
         assert self.means is not None
-        if (site, layer) not in self.means:
-            # Of a layer of which nothing is ablated: any number of the right shape.
-            return torch.zeros_like(self.written.z[layer][:1])
         mean = self.means[site, layer]
         by_pos = mean.ndim > {"z": 2}.get(site, 1)
         return mean[self.written.pos] if by_pos else mean[None]

@@ -132,8 +132,8 @@ class HeadLogits:
     @torch.no_grad()
     def compute(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Returns ``{name: [batch, (pos), layer, head, k]}``, or ``[batch, (pos), unit, k]`` for chosen heads."""
-        written = heads_write(model, batch, self.pos)
         chosen = choose_heads(model.spec, self.heads)
+        written = heads_write(model, batch, self.pos, chosen.layers)
         z, W_O = chosen.of(written.z, axis=1), chosen.of(written.W_O, axis=0)
         found = head_logits_kernel(z, W_O, model.weights.W_U, k=self.k)
         values: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """Which heads: all of them with dims ``layer, head``, or some with a dim ``unit``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,14 +27,18 @@ class ChosenHeads:
         """The layers that have a wanted head, in order."""
         return list(range(self.spec.n_layers)) if self.pairs is None else sorted({layer for layer, _ in self.pairs})
 
-    def of(self, per_layer: Sequence[Tensor], axis: int) -> list[Tensor]:
-        """Returns the wanted heads of ``[.., head, ..]`` tensors, one tensor for each layer that has some."""
+    def of(self, per_layer: Mapping[int, Tensor], axis: int) -> list[Tensor]:
+        """Returns the wanted heads of ``[.., head, ..]`` tensors, one tensor for each layer that has some.
+
+        A layer of which all are wanted is not copied.
+        """
         if self.pairs is None:
-            return list(per_layer)
+            return [per_layer[layer] for layer in self.layers]
         chosen = []
         for layer in self.layers:
-            heads = [head for at, head in self._sorted if at == layer]
-            chosen.append(per_layer[layer].index_select(axis, torch.tensor(heads, device=per_layer[layer].device)))
+            heads, values = [head for at, head in self._sorted if at == layer], per_layer[layer]
+            some = len(heads) < self.spec.n_heads
+            chosen.append(values.index_select(axis, torch.tensor(heads, device=values.device)) if some else values)
         return chosen
 
     def shaped(self, values: Tensor, axis: int = -1) -> Tensor:

@@ -19,6 +19,7 @@ from fastinterp.model.forward import check_taps, embed, run_blocks
 from fastinterp.model.intervene import SOURCE, Capture, Edit, Taps
 from fastinterp.model.model import Model
 from fastinterp.prompts import PromptSet, TokenizedPrompts
+from fastinterp.sweep.resident import give_back
 
 Mode = Literal["zero", "mean", "resample"]
 MeanOver = Literal["tokens", "pos"]
@@ -26,7 +27,10 @@ Means = Mapping[tuple[str, int], Float[Tensor, "*pos_and_rest"]]
 
 MODES: tuple[Mode, ...] = ("zero", "mean", "resample")
 
-_MEAN_TOKENS = 4096
+
+def usual_mean_tokens(device_type: str) -> int:
+    """Tokens of a batch of a pass for means: enough rows for a matrix product."""
+    return 512 if device_type == "cpu" else 4096
 
 
 @torch.no_grad()
@@ -41,14 +45,15 @@ def mean_activations(
 
     ``{(site, layer): [..]}`` without the axes ``batch`` and ``pos``, or ``[pos, ..]``; NaN where no prompt of the set
     has that position. In at least float32. Batches are combined by Welford's update in float64, so that the mean keeps
-    its precision over any number of tokens. Memory: the activations of one batch of ``batch_tokens`` (4096).
+    its precision over any number of tokens. Memory: the activations of one batch of ``batch_tokens`` (512,
+    on a GPU 4096).
     """
     spec = model.spec
     captures = [Capture(name=site, layers=tuple(sorted(layers))) for site, layers in sorted(sites.items())]
     stop = 1 + max(max(layers) for layers in sites.values())  # what is above is not run
     means: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], Tensor] = {}
-    for batch in prompts.batches(_MEAN_TOKENS if batch_tokens is None else batch_tokens):
+    for batch in prompts.batches(batch_tokens or usual_mean_tokens(model.device.type)):
         batch = batch.to(model.device)
         taps = Taps.of(spec.n_layers, capture=captures)
         check_taps(spec, taps)
@@ -73,6 +78,7 @@ def mean_activations(
             mean += (total - present * mean) / count.clamp(min=1).view(-1, *share)
         # Not while the next batch goes through the model.
         del taps, resid, frame, value, wide, total
+    give_back(model.device)
     wide_dtype = torch.promote_types(model.dtype, torch.float32)
     found = {}
     for key, mean in means.items():

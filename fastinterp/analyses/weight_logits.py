@@ -99,13 +99,13 @@ def _of_heads(model: Model, heads: Heads, tokens: Sequence[int | str] | None, k:
     chosen = choose_heads(spec, heads)
     ids = _token_ids(model, tokens)
     embedding = weights.W_E[ids]
-    written = []
-    for w in weights.blocks:
+    written = {}
+    for layer in chosen.layers:
+        w = weights.blocks[layer]
         x = normalize(spec.norm, embedding, w.ln1).to(_wide(model))
         W_V = w.W_V.to(_wide(model)).repeat_interleave(spec.attention.group, 0)
-        written.append(
-            towards_logits(model, torch.einsum("td,hde,hef->htf", x, W_V, w.W_O.to(_wide(model))), w.ln1_post)
-        )
+        by_heads = torch.einsum("td,hde,hef->htf", x, W_V, w.W_O.to(_wide(model)))
+        written[layer] = towards_logits(model, by_heads, w.ln1_post)
     found = [vector_logits(part.flatten(0, 1), weights.W_U, k=k) for part in chosen.of(written, axis=0)]
     dims, shape, coords = heads_dims(spec, heads)
     coords |= {

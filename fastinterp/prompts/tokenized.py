@@ -55,6 +55,14 @@ class Batch:
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return positions[None, :] < self.n_tokens[:, None]
 
+    def part(self, rows: slice) -> "Batch":
+        """Returns some of the prompts, as wide as the batch."""
+        of_prompts: dict[str, Any] = {
+            field.name: None if (value := getattr(self, field.name)) is None else value[rows]
+            for field in dataclasses.fields(self)
+        }
+        return dataclasses.replace(self, **of_prompts)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch with its tensors on ``device``."""
         tensors: dict[str, Any] = {

@@ -27,6 +27,7 @@ from fastinterp.model.weights import BlockWeights
 from fastinterp.sweep.groups import Planned, by_start, first_layer, groups
 from fastinterp.sweep.memory import SweepMemory, group_bytes, score_bytes, step_tokens
 from fastinterp.sweep.precision import Precision, check_precision, clean_products, clean_weights
+from fastinterp.sweep.resident import give_back
 from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.source import SourceRun
 from fastinterp.sweep.stack import CleanLayer, Stack
@@ -59,6 +60,7 @@ class Job:
     precision: Precision = "exact"
     step_tokens: int
     score_bytes: int
+    limited: bool = False
 
 
 @torch.no_grad()
@@ -155,6 +157,7 @@ def sweep(
         model=model, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source, precision=precision,
         step_tokens=step_tokens(device) if memory is None else memory.step_tokens,
         score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
+        limited=memory is not None,
     )  # fmt: skip
     planned = [Planned.of(model, tree, n_tokens, i, variants[i]) for i in passing]
     planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
@@ -293,6 +296,10 @@ class _Pass:
                 taken = self.source.step(layer, edits)
             for stack in self.stacks:
                 stack.step(clean, taken, reading)
+            if job.limited:
+                # Otherwise what this layer has freed would count beside what the next one needs.
+                del clean, taken
+                give_back(job.tokens.device)
         while self.stacks:
             stack = self.stacks.pop(0)
             yield Swept(indices=stack.indices, resid=stack.final(job.at, self.clean), start=stack.rows.start)

@@ -47,7 +47,7 @@ def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
     options = EVERYTHING | dict(units=given(kind, model.spec)[0], pos=pos, reference=REFERENCE_SET, mean_over="pos")
     whole = values(ablate(model, SET, **options))
     monkeypatch.setattr(measuring, "SLICE_VARIANTS", 2)
-    monkeypatch.setattr(replacements, "_MEAN_TOKENS", 5)
+    monkeypatch.setattr(replacements, "usual_mean_tokens", lambda device_type: 5)
     monkeypatch.setattr("fastinterp.analyses.direct_units._RESIDUAL_BYTES", 1)
     monkeypatch.setattr(ablation.Ablation, "tokens_per_batch", lambda self, model: 12)
     monkeypatch.setattr(measuring, "sweep", functools.partial(measuring.sweep, residual_bytes=1 << 14))
