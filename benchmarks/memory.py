@@ -27,10 +27,13 @@ from benchmarks.harness import Array
 from benchmarks.measure import measure
 from benchmarks.models import DEFAULT_MODEL, Fixtures, Workload, load_fixtures
 from fastinterp.errors import OptionError
+from fastinterp.prompts import PromptSet
 
 TOLERANCE = 1e-4
 SHARE = 20
 CASES = ("last", "here", "loss", "direct")
+# Takes as many runs as there are heads and positions, whatever heads are asked for: for a few short prompts.
+ALL_CASES = (*CASES, "patch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,10 @@ def cases(fixtures: Fixtures, work: Workload) -> list[MemoryCase]:
     losses = functools.cache(lambda: naive_sweeps.losses(bridge, work.tokens))
     clean = functools.cache(lambda: naive.logit_diff(*arguments))
     run = functools.cache(lambda: naive_heads.cached_run(bridge, work.tokens))
+    values = functools.cache(lambda: naive_sweeps.cached_z(bridge, work.tokens))
+    swapped = (bridge, work.tokens.roll(1, dims=0), work.answer, work.wrong)
+    unpatched = functools.cache(lambda: naive.logit_diff(*swapped))
+    middle = work.tokens.shape[1] // 2
 
     def fast(*names: str, **options: Any) -> Callable[[Sequence[tuple[int, int]], int | None], Array]:
         def run(heads: Sequence[tuple[int, int]], memory_bytes: int | None) -> Array:
@@ -68,6 +75,20 @@ def cases(fixtures: Fixtures, work: Workload) -> list[MemoryCase]:
 
     def direct(layer: int, head: int, dtype: torch.dtype) -> torch.Tensor:
         return naive_heads.direct_losses(bridge, run(), work.tokens, layer, head, twice=True, dtype=dtype)
+
+    def patch(layer: int, head: int) -> torch.Tensor:
+        return naive_sweeps.patched_logit_diff(*swapped, values()[layer], layer, head, middle) - unpatched()
+
+    def fast_patch(heads: Sequence[tuple[int, int]], memory_bytes: int | None) -> Array:
+        pairs = PromptSet.of(
+            work.tokens.tolist(),
+            corrupt=work.tokens.roll(1, dims=0).tolist(),
+            answer=work.answer.tolist(),
+            wrong=work.wrong.tolist(),
+        )
+        found = fastinterp.activation_patch(model, pairs, "z", by="head_position", memory_bytes=memory_bytes)
+        effects = found["logit_diff_patch_z"].transpose("layer", "head", "edit_pos", "prompt").values
+        return np.stack([effects[layer, head, middle] for layer, head in heads])
 
     return [
         MemoryCase(
@@ -95,6 +116,12 @@ def cases(fixtures: Fixtures, work: Workload) -> list[MemoryCase]:
             loop=lambda layer, head: direct(layer, head, torch.float32),
             fast=fast("loss_zero_direct", "loss_mean_direct", metric="loss", mode=("zero", "mean"), effect="direct"),
             reference=lambda layer, head: direct(layer, head, torch.float64),
+        ),
+        MemoryCase(
+            name="patch",
+            what="logit difference, every head patched at every position",
+            loop=patch,
+            fast=fast_patch,
         ),
     ]
 
@@ -174,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=50, help="how many prompts (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of each (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=6, help="heads that fastinterp ablates (default: %(default)s)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="which cases (default: all)")
+    parser.add_argument(
+        "--cases", nargs="+", choices=ALL_CASES, default=CASES, help="which cases (default: all but patch)"
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

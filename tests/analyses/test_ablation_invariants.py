@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastinterp.analyses import ablate, ablation, measuring, replacements
+from fastinterp.analyses import ablate, ablation, measuring, replacements, written
 from fastinterp.prompts import PromptSet
 from tests.analyses.literal_ablation import METRICS
 from tests.analyses.test_ablation_modes import (
@@ -48,6 +48,7 @@ def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
     whole = values(ablate(model, SET, **options))
     monkeypatch.setattr(measuring, "SLICE_VARIANTS", 2)
     monkeypatch.setattr(replacements, "usual_mean_tokens", lambda device_type: 5)
+    monkeypatch.setattr(written, "prompts_at_once", lambda device_type, n_pos: 2)
     monkeypatch.setattr("fastinterp.analyses.direct_units._RESIDUAL_BYTES", 1)
     monkeypatch.setattr(ablation.Ablation, "tokens_per_batch", lambda self, model: 12)
     monkeypatch.setattr(measuring, "sweep", functools.partial(measuring.sweep, residual_bytes=1 << 14))
