@@ -150,6 +150,7 @@ class DirectEffect:
         chosen = choose_heads(model.spec, self.heads)
         written = heads_write(model, batch, where, chosen.layers, scored_only=self.metric.per_token)
         means = self.means
+        assert (means is not None) == (self.mode == "mean")
         replacement = None if means is None else lambda layer: means[layer][None]
         targets = metric_targets(self.metric, batch, written)
         clean = clean_values(model, batch, written, self.metric, targets)
