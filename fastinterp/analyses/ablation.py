@@ -107,8 +107,9 @@ def ablate(
 
     Memory: at most ``memory_bytes``. Without it the residual streams of a group of variants (16 MiB, on a GPU 1 GiB, or
     one variant of a batch; twice that where the metric is read at every token) and one step of them; no logits. Batches
-    on a CPU have 2,048 tokens at most (4,096 of direct effects, which keep ``z`` of the layers chosen). What glibc
-    has freed goes back to the system between the parts of a batch, with ``memory_bytes`` after every layer.
+    on a CPU have 2,048 tokens at most, shared beginnings counted once (1,024 where ``pos`` is negative; 4,096 of direct
+    effects, which keep ``z`` of the layers chosen). What glibc has freed goes back to the system between the parts of a
+    batch, with ``memory_bytes`` after every layer.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:
@@ -144,6 +145,7 @@ class Ablation:
     batches: budget.BatchPlan | None = field(default=None, repr=False, compare=False)
     means: Means | None = field(default=None, repr=False, compare=False)
     n_prompts: int = field(default=0, repr=False, compare=False)
+    distinct: float = field(default=1.0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuses modes, metrics, positions, effects and seeds that there are not."""
@@ -198,8 +200,12 @@ class Ablation:
         """Returns the analysis with its batches chosen; raises :class:`OptionError` where memory is not enough."""
         known = prompts if reference is None else reference
         costs = self._costs(model, budget.n_targets(prompts), known.max_len, len(known))
-        usual = dataclasses.replace(self, batches=None).tokens_per_batch(model)
+        usual = dataclasses.replace(self, batches=None).for_prompts(prompts).tokens_per_batch(model)
         return dataclasses.replace(self, batches=budget.plan_batches(costs, prompts, self.memory_bytes, usual))
+
+    def for_prompts(self, prompts: TokenizedPrompts) -> "Ablation":
+        """Returns the analysis with what its batches depend on: how much of the prompts is the same."""
+        return dataclasses.replace(self, distinct=prompts.distinct_share())
 
     def _costs(self, model: Model, n_targets: int, mean_pos: int, mean_prompts: int = 1) -> budget.Costs:
         return ablation_costs(
@@ -227,11 +233,11 @@ class Ablation:
         return self.precision if "total" in self.effects and self.precision != "delta" else "exact"
 
     def tokens_per_batch(self, model: Model) -> int:
-        """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product."""
+        """Tokens of a batch: those planned, or as many as :func:`usual_tokens` says."""
         if self.batches is not None:
             return self.batches.batch_tokens
         n_variants = len(choose_units(model.spec, self.units).units) * len(self.modes)
-        return usual_tokens(model, n_variants, self.pos, swept="total" in self.effects)
+        return usual_tokens(model, n_variants, self.pos, swept="total" in self.effects, distinct=self.distinct)
 
     def cost(self, spec: ModelSpec, n_tokens: int) -> float:
         """The clean run, and for each variant the MLP of its layer (none if parallel) and every block above."""

@@ -11,7 +11,7 @@ from fastinterp.model.model import Model
 from fastinterp.sweep import Precision
 from fastinterp.sweep.costs import Demand
 
-# Tokens of a batch (on a GPU, on a CPU): with few variants, more make a product no faster.
+# Tokens of a batch (on a GPU, on a CPU): with few variants, more make a product no faster. Equal beginnings count once.
 _TOKENS = (1 << 18, 1 << 11)
 # Tokens of a batch of which only the ends are computed (on a GPU, on a CPU), and of a prompt that is short among those.
 _END_TOKENS = (1 << 15, 1 << 10)
@@ -67,8 +67,11 @@ def ablation_costs(
     return budget.Costs(model=model, demand=demand, direct=direct, mean=mean if "mean" in modes else None)
 
 
-def usual_tokens(model: Model, n_variants: int, pos: EditPos, *, swept: bool) -> int:
-    """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product and no more."""
+def usual_tokens(model: Model, n_variants: int, pos: EditPos, *, swept: bool, distinct: float = 1.0) -> int:
+    """As many tokens as keep all variants' residuals within 256 MiB, but enough for a matrix product and no more.
+
+    ``distinct``: the share of tokens that have to be computed, see ``TokenizedPrompts.distinct_share``.
+    """
     cpu = model.device.type == "cpu"
     if not swept:
         return 1 << 12 if cpu else 1 << 14
@@ -77,4 +80,4 @@ def usual_tokens(model: Model, n_variants: int, pos: EditPos, *, swept: bool) ->
     if isinstance(pos, int) and pos < 0:
         # Only the ends of prompts are computed, which are seldom shorter than this.
         return max(256, min(_END_TOKENS[cpu], most_bytes // each * _SHORT_PROMPT // -pos))
-    return max(256, min(_TOKENS[cpu], most_bytes // each))
+    return max(256, min(int(_TOKENS[cpu] / distinct), most_bytes // each))

@@ -122,10 +122,14 @@ class DirectCost:
         runs = 2 if self.resampled else 1
         both = 2 if self.measured.per_token and self.measured.linear + self.measured.full else 1
         widest = max((widths.site(site) // widths.itemsize * wide for site in self.sites), default=0)
-        together = min(shape.n_prompts, prompts_at_once(widths.device_type, shape.n_pos))
+        together = prompts_at_once(
+            widths.device_type, shape.n_prompts, shape.n_pos, every_position=bool(self.measured.per_token)
+        )
         part = dataclasses.replace(shape, n_prompts=together)
         making = self._rows(part) * (z + rows * others) // rows + 3 * max(layer, rows * widest) + rows * 5 * d
-        making += widths.block(part.nodes, part.slots, part.padded, formed=widths.formed) + (W_O if self.copies else 0)
+        # Metrics of the last position have a run of their own, of all prompts.
+        run = shape if self.measured.linear + self.measured.full else part
+        making += widths.block(run.nodes, run.slots, run.padded, formed=widths.formed) + (W_O if self.copies else 0)
         some = min(max(residual_bytes, self.unit_bytes(shape)), self.n_units * self.unit_bytes(shape))
         measuring = self._replaced(rows, z, layer) + self._kernels(rows) if self.heads else self._explicit(rows, some)
         metrics = self.measured.linear + self.measured.full + self.measured.per_token

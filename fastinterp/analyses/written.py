@@ -14,6 +14,7 @@ from fastinterp.model.intervene import Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.norms import apply_affine, center, divide
 from fastinterp.model.weights import NormWeights
+from fastinterp.names import check_index
 from fastinterp.prompts import Batch
 from fastinterp.sweep.resident import give_back
 
@@ -74,10 +75,12 @@ def heads_write(
     """Runs the model and returns what the heads of some layers write at ``pos``, or at every real token for ``"all"``.
 
     ``scored_only`` leaves out each prompt's last token, which predicts none of its own; ``others`` are activations that
-    are wanted at the same tokens. Memory: ``z`` of these layers at these tokens, and weights of one layer's size per
-    layer where a norm's centring or weight has not been folded in.
+    are wanted at the same tokens. Memory: ``z`` of these layers at these tokens, those of some prompts twice (see
+    :func:`prompts_at_once`), and weights of one layer's size per layer where a norm's centring or weight has not been
+    folded in.
     """
     spec, weights = model.spec, model.weights
+    layers = [check_index("layer", layer, spec.n_layers) for layer in layers]
     at = positions(pos, batch)
     prompt, where = _looked_at(batch, at, scored_only=scored_only)
     names = ["z", "ln1_post_scale"] if spec.post_norms else ["z"]
@@ -109,7 +112,7 @@ def heads_write(
                 captured[key] = value.new_empty(len(prompt), *value.shape[1:], dtype=wide)
             captured[key][rows] = value
 
-    step = prompts_at_once(model.device.type, batch.tokens.shape[1])
+    step = prompts_at_once(model.device.type, len(batch), batch.tokens.shape[1], every_position=at is None)
     for first in range(0, len(batch), step):
         run(slice(first, first + step))
     give_back(model.device)
@@ -134,9 +137,15 @@ def heads_write(
     )
 
 
-def prompts_at_once(device_type: str, n_pos: int) -> int:
-    """How many prompts of a batch go through the model together, of which only what heads write is kept."""
-    return max(1, (512 if device_type == "cpu" else 1 << 14) // n_pos)
+def prompts_at_once(device_type: str, n_prompts: int, n_pos: int, *, every_position: bool) -> int:
+    """How many prompts of a batch go through the model together.
+
+    All, where one position of each is kept: equal beginnings are computed once then. Few, where every position is,
+    because a run holds what they write a second time.
+    """
+    if not every_position:
+        return n_prompts
+    return max(1, min(n_prompts, (512 if device_type == "cpu" else 1 << 14) // n_pos))
 
 
 def _looked_at(

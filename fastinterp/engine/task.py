@@ -50,6 +50,8 @@ class Task:
             if isinstance(analysis, AttributionPatch):
                 # How much a run with gradients holds depends on the longest prompt.
                 analysis = dataclasses.replace(analysis, longest=self.prompts.max_len)
+            elif isinstance(analysis, Ablation):
+                analysis = analysis.for_prompts(self.prompts)
             batch_tokens = analysis.tokens_per_batch(model)
         return dataclasses.replace(self, batch_tokens=batch_tokens)
 

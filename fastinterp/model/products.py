@@ -4,7 +4,7 @@ Exactly, unless somebody asks for less: ``BlockWeights.products`` holds what doe
 four products per block. Reduced precision, and the propagation of differences, are other ways to do the same products.
 """
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -44,12 +44,63 @@ def affine(
 
     On the CPU, a few rows go through the matrix product together with rows of zeros: the product of fewer than
     ``STEADY_ROWS`` rows is no faster, and sums in another order, so that a row's value would depend on its company.
+    Which library multiplies is therefore chosen by the matrix alone: large float32 ones go to oneDNN.
     """
     n_rows = x.shape[:-1].numel()
-    if x.device.type != "cpu" or not 1 < n_rows < STEADY_ROWS:
+    if x.device.type != "cpu":
+        return F.linear(x, W.t(), b)
+    if n_rows and _suits_onednn(x, W, b):
+        # oneDNN sums in one order from 2 rows on.
+        rows = x if n_rows > 1 else F.pad(x.reshape(1, -1), (0, 0, 0, 1))
+        y = _OneDNN.apply(rows, W, b) if torch.is_grad_enabled() and x.requires_grad else _onednn(rows, W, b)
+        return y if n_rows > 1 else y[:1].view(*x.shape[:-1], -1)
+    if not 1 < n_rows < STEADY_ROWS:
         return F.linear(x, W.t(), b)
     padded = F.pad(x.reshape(n_rows, -1), (0, 0, 0, STEADY_ROWS - n_rows))
     return F.linear(padded, W.t(), b)[:n_rows].view(*x.shape[:-1], -1)
+
+
+# What torch's compiler calls for a linear layer. Absent where torch was built without oneDNN.
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# The first product of every shape costs some milliseconds, so that small matrices are not worth it.
+_ONEDNN_NUMBERS = 1 << 17
+
+
+def _suits_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Whether oneDNN multiplies faster than what ``F.linear`` takes, and is able to.
+
+    Measured for AVX-512. It reads a matrix in either order, but is slow with columns of a wider one. Gradients are
+    those of activations alone, and not of ``torch.func``.
+    """
+    return (
+        _ONEDNN is not None
+        and W.numel() >= _ONEDNN_NUMBERS
+        and x.dtype == W.dtype == torch.float32
+        and (b is None or b.dtype == torch.float32)
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and (W.is_contiguous() or W.t().is_contiguous())
+        and not (torch.is_grad_enabled() and (W.requires_grad or (b is not None and b.requires_grad)))
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    product: Tensor = _ONEDNN(x, W.t(), b, "none", [], "")
+    return product
+
+
+class _OneDNN(torch.autograd.Function):
+    """The same where ``x`` needs a gradient, which oneDNN's product does not have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W)
+        return _onednn(x, W, b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (W,) = ctx.saved_tensors
+        return affine(gradients[0], W.t(), None), None, None
 
 
 class Exact:

@@ -108,6 +108,20 @@ class TokenizedPrompts:
         """Tokens of the longest accepted prompt (0 if there is none)."""
         return int(self.n_tokens.max(initial=0))
 
+    def distinct_share(self, n_prompts: int = 64) -> float:
+        """Share of the tokens of the first accepted prompts whose beginning no prompt before has; 1 without any prompt.
+
+        A header that all prompts have counts once, so that of many with a long one the share is small.
+        """
+        known: dict[tuple[int, int], int] = {}
+        total = 0
+        for row in self.accepted[:n_prompts]:
+            node = -1
+            for token in self.tokens[row].tolist():
+                node = known.setdefault((node, token), len(known))
+            total += len(self.tokens[row])
+        return len(known) / total if total else 1.0
+
     def batches(self, token_budget: int, indices: Sequence[int] | np.ndarray | None = None) -> list[Batch]:
         """Returns the accepted prompts as right-padded batches of similar length, on the CPU.
 

@@ -24,7 +24,7 @@ def group_bytes(device_type: str) -> int:
 
 def step_tokens(device_type: str) -> int:
     """Tokens that go through a block together: enough rows for the matrix product, few enough for the cache."""
-    return 1024 if device_type == "cpu" else 1 << 17
+    return 2048 if device_type == "cpu" else 1 << 17
 
 
 def score_bytes(device_type: str) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -48,11 +49,59 @@ def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
     whole = values(ablate(model, SET, **options))
     monkeypatch.setattr(measuring, "SLICE_VARIANTS", 2)
     monkeypatch.setattr(replacements, "usual_mean_tokens", lambda device_type: 5)
-    monkeypatch.setattr(written, "prompts_at_once", lambda device_type, n_pos: 2)
+    monkeypatch.setattr(written, "prompts_at_once", lambda *sizes, every_position: 1)
     monkeypatch.setattr("fastinterp.analyses.direct_units._RESIDUAL_BYTES", 1)
     monkeypatch.setattr(ablation.Ablation, "tokens_per_batch", lambda self, model: 12)
     monkeypatch.setattr(measuring, "sweep", functools.partial(measuring.sweep, residual_bytes=1 << 14))
     assert_close(values(ablate(model, SET, **options)), whole, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2-softcaps", "llama-gqa", "gpt2"])
+@pytest.mark.parametrize("units", ["heads", [(1, 1), (0, 0)], [(1, 0), (1, 1)]], ids=["all", "two layers", "one layer"])
+@pytest.mark.parametrize("n_prompts", [1, 3])
+def test_prompts_whose_heads_are_kept_in_parts(zoo, monkeypatch, name, units, n_prompts):
+    model = zoo.model(name)
+    options = EVERYTHING | dict(units=units, effect="direct", reference=REFERENCE_SET)
+    whole = values(ablate(model, SET, **options))
+    parts = []
+
+    def counted(run):
+        def counting(spec, weights, tokens, *rest, **others):
+            parts.append(len(tokens))
+            return run(spec, weights, tokens, *rest, **others)
+
+        return counting
+
+    monkeypatch.setattr(written, "prompts_at_once", lambda *sizes, every_position: n_prompts)
+    monkeypatch.setattr(written, "forward", counted(written.forward))
+    monkeypatch.setattr(written, "forward_at", counted(written.forward_at))
+    found = values(ablate(model, SET, **options))
+    # Losses of every token and the last position, each with the prompt's own values and the source's.
+    assert parts == [*[n_prompts] * (len(PROMPTS) // n_prompts), *[len(PROMPTS) % n_prompts] * (n_prompts > 1)] * 4
+    assert_close(found, whole, 1e-5)
+
+
+def test_a_header_that_all_prompts_have_counts_once(zoo):
+    model = zoo.model("gpt2")
+    header = list(range(3, 12))
+
+    def batch_tokens(prompts):
+        analysis = ablation.Ablation(units=((0, 1),))
+        planned = analysis.planned(model, PromptSet.of(prompts).tokenize(model))
+        return planned.tokens_per_batch(model)
+
+    alike = [[*header, token] for token in range(100, 300)]
+    apart = [[token, *header] for token in range(100, 300)]
+    assert batch_tokens(apart) == batch_tokens(apart[:3]) == 2048
+    # Of the first 64 prompts 9 + 64 tokens of 640 are different ones.
+    assert batch_tokens(alike) == int(2048 / (73 / 640))
+    assert batch_tokens([alike[0]] * 2) == 4096
+    found, planned = (
+        ablate(model, PromptSet.of(alike, answer=[5] * 200, wrong=[6] * 200), units=[(0, 1)], **options)
+        for options in ({}, {"memory_bytes": 4 << 20})
+    )
+    assert json.loads(found.attrs["sweep_plan"])["batch_tokens"] == int(2048 / (73 / 640))
+    assert_close(values(found), values(planned), 1e-5)
 
 
 @pytest.mark.parametrize("pos", ["all", 1, "each"])

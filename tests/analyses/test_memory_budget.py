@@ -166,6 +166,31 @@ def test_what_is_allocated_stays_under_the_budget(models, case):
         run(models, case, fewest - 1)
 
 
+DIRECT = dict(effect="direct", mode=("zero", "mean"), reference=None)
+IN_PARTS = [
+    ("gemma2", EVEN, DIRECT | {"metric": "loss", "units": [(0, 1), (2, 3)]}),
+    ("gemma2", MIXED, DIRECT | {"metric": ("loss", "logit_diff")}),
+    ("llama", EVEN, DIRECT | {"metric": "loss", "units": [(1, 2)]}),
+    ("llama", MIXED, DIRECT | {"metric": "logprob"}),
+    ("gpt2", EVEN, DIRECT | {"metric": "rank", "units": [(0, 0), (1, 1)]}),
+]
+
+
+@pytest.mark.parametrize("n_prompts", [1, 2])
+@pytest.mark.parametrize("case", IN_PARTS, ids=lambda case: f"{case[0]}-{case[2]['metric']}")
+def test_direct_effects_of_heads_kept_in_parts(models, monkeypatch, case, n_prompts):
+    whole, _ = run(models, (fastinterp.ablate, *case))
+    for module in ("budget", "written"):
+        monkeypatch.setattr(
+            f"fastinterp.analyses.{module}.prompts_at_once",
+            lambda device_type, n, n_pos, *, every_position: min(n, n_prompts) if every_position else n,
+        )
+    found, seen = run(models, (fastinterp.ablate, *case))
+    plan = json.loads(found.attrs["sweep_plan"])
+    assert seen.peak <= plan["peak_bytes"] <= max(4 * seen.peak, 8 << 20)
+    assert difference(found, whole) < 1e-5
+
+
 def test_the_instrument_sees_what_is_alive(models):
     with Allocated(models("llama")) as seen:
         x = torch.ones(1000)

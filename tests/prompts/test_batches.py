@@ -32,6 +32,17 @@ def test_batches_hold_every_accepted_prompt_once_within_the_budget(tokenized):
         assert batch.tokens.shape == (len(batch), int(batch.n_tokens.max()))
 
 
+def test_the_share_of_distinct_beginnings(id_model, tokenized):
+    def share(rows, **options):
+        return PromptSet.of(rows).tokenize(id_model, bad_prompts="reject").distinct_share(**options)
+
+    assert share([[1, 2, 3], [1, 2, 4], [1, 2]]) == 4 / 8
+    assert share([[1, 2, 3], [2, 3, 1], [3, 1, 2]]) == 1.0
+    assert share([[1, 2, 3], [1, 2, 3], [7, 8, 9]], n_prompts=2) == 3 / 6
+    assert share([[], [1, 2]]) == share([[]]) == 1.0
+    assert tokenized.distinct_share() == 1.0
+
+
 def test_batches_are_sorted_by_length_and_filled(tokenized):
     batches = tokenized.batches(64)
     order = [(int(tokenized.n_tokens[index]), index) for batch in batches for index in batch.indices.tolist()]

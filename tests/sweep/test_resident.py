@@ -2,11 +2,14 @@
 
 import ctypes
 import sys
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from fastinterp import ablate
+from fastinterp.prompts import PromptSet
 from fastinterp.sweep import resident
 
 MIB = 1 << 20
@@ -47,6 +50,24 @@ def test_nothing_happens_where_the_c_library_has_no_such_call(monkeypatch: pytes
     resident.give_back(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("raised", [AttributeError, OSError])
+def test_nothing_happens_where_the_call_cannot_be_found(
+    monkeypatch: pytest.MonkeyPatch, raised: type[Exception]
+) -> None:
+    class Library:
+        def __getattr__(self, name: str) -> object:
+            raise raised(name)
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    resident._trim.cache_clear()
+    try:
+        assert resident._trim() is None
+        resident.give_back(torch.device("cpu"))
+    finally:
+        resident._trim.cache_clear()
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_other_systems_are_not_asked(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
     monkeypatch.setattr(sys, "platform", platform)
@@ -56,3 +77,26 @@ def test_other_systems_are_not_asked(monkeypatch: pytest.MonkeyPatch, platform: 
         assert resident._trim() is None
     finally:
         resident._trim.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        (dict(memory_bytes=4 << 20), None),
+        (dict(), 1),
+        (dict(effect="both"), 2),
+        (dict(mode="mean"), 2),
+    ],
+    ids=["layers of a limited sweep", "sweep", "total and direct", "mean"],
+)
+def test_when_memory_is_given_back(zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, times: int | None) -> None:
+    given: list[torch.device] = []
+    for module in ("sweep.runner", "analyses.ablation", "analyses.replacements", "analyses.written"):
+        monkeypatch.setattr(f"fastinterp.{module}.give_back", given.append)
+    model = zoo.model("gpt2")
+    ablate(model, PromptSet.of([[1, 2, 3], [4, 5, 6, 7]], answer=[8, 9], wrong=[9, 8]), **options)
+    if times is None:
+        assert len(given) >= model.spec.n_layers
+    else:
+        assert len(given) == times
+    assert set(given) <= {torch.device("cpu")}

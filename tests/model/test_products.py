@@ -1,0 +1,134 @@
+"""Which library multiplies: the same numbers, gradients, and rows that do not depend on their company."""
+
+import pytest
+import torch
+
+from fastinterp.model import products
+from fastinterp.model.products import STEADY_ROWS, affine
+
+N_IN, N_OUT = 320, 448
+
+onednn = pytest.mark.skipif(
+    products._ONEDNN is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="oneDNN with AVX-512 is not here",
+)
+
+
+@pytest.fixture
+def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(shape, generator=generator) for shape in ((300, N_IN), (N_IN, N_OUT), (N_OUT,)))
+    return x, W / N_IN**0.5, b
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every product that oneDNN has made."""
+    made: list[int] = []
+    product = products._ONEDNN
+
+    def counted(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        made.append(x.shape[:-1].numel())
+        found: torch.Tensor = product(x, *rest)
+        return found
+
+    if product is not None:
+        monkeypatch.setattr(products, "_ONEDNN", counted)
+    return made
+
+
+@onednn
+@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_matrices_are_multiplied_by_onednn(drawn, calls, order, bias):
+    x, W, b = drawn
+    W, b = (W if order == "rows" else W.t().contiguous().t()), (b if bias else None)
+    expected = x.double() @ W.double() + (0 if b is None else b.double())
+    for shape in ((300, N_IN), (3, 100, N_IN), (2, 1, 150, N_IN)):
+        found = affine(x.view(shape), W, b)
+        assert found.shape == (*shape[:-1], N_OUT)
+        assert float((found.view(300, N_OUT) - expected).abs().max()) < 2e-5
+    assert calls == [300] * 3
+
+
+@onednn
+def test_rows_have_the_same_bits_in_any_company(drawn, calls):
+    x, W, b = drawn
+    whole = affine(x, W, b)
+    for n_rows in (1, 2, 3, 5, STEADY_ROWS, 9, 31, 100, 299):
+        assert torch.equal(affine(x[:n_rows], W, b), whole[:n_rows]), n_rows
+        assert torch.equal(affine(x[-n_rows:], W, b), whole[-n_rows:]), n_rows
+    assert torch.equal(affine(x[7], W, b), whole[7])
+    assert torch.equal(affine(x[:1, None], W, b), whole[:1, None])
+    assert min(calls) == 2
+
+
+@onednn
+def test_rows_that_lie_apart(drawn, calls):
+    x, W, b = drawn
+    apart = torch.stack([x, -x], dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    assert torch.equal(affine(apart, W, b), affine(x, W, b))
+    assert torch.equal(affine(x[:1].expand(40, -1), W, b), affine(x[:1], W, b).expand(40, -1))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x, W, b: (x[:, :16], W[:16], b), id="small matrix"),
+        pytest.param(lambda x, W, b: (x, torch.cat([W, W], 1)[:, 100:548], b), id="columns of a wider one"),
+        pytest.param(lambda x, W, b: (x.double(), W.double(), b.double()), id="float64"),
+        pytest.param(lambda x, W, b: (x.bfloat16(), W.bfloat16(), b.bfloat16()), id="bfloat16"),
+        pytest.param(lambda x, W, b: (x[:0], W, b), id="no rows"),
+        pytest.param(lambda x, W, b: (x, W.requires_grad_(), b), id="gradient of the matrix"),
+        pytest.param(lambda x, W, b: (x, W, b.requires_grad_()), id="gradient of the bias"),
+    ],
+)
+def test_what_is_left_to_torch(drawn, calls, change):
+    x, W, b = change(*drawn)
+    found = affine(x, W, b)
+    expected = (x.double() @ W.double() + b.double()).to(x.dtype)
+    tolerance = 2e-2 if x.dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=tolerance)
+    assert found.requires_grad == (W.requires_grad or b.requires_grad)
+    assert not calls
+
+
+def test_without_onednn(drawn, monkeypatch):
+    x, W, b = drawn
+    expected = affine(x, W, b)
+    monkeypatch.setattr(products, "_ONEDNN", None)
+    torch.testing.assert_close(affine(x, W, b), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 300])
+def test_gradients_of_activations(drawn, n_rows):
+    x, W, b = drawn
+    x = x[:n_rows].requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    for row, to in ((x, torch.float32), (wide, torch.float64)):
+        (affine(row, W.to(to), b.to(to)).square().sum(-1).sin().sum()).backward()
+    assert float((x.grad - wide.grad).abs().max()) < 1e-3 * float(wide.grad.abs().max())
+    # A second derivative.
+    y = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad(affine(y, W, b).square().sum(), y, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), y)
+    expected = 8 * (wide.detach() @ W.double() + b.double())
+    expected = (expected @ W.double().t()) @ (W.double() @ W.double().t())
+    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_inside_torch_func(drawn):
+    x, W, b = drawn
+    found = torch.func.grad(lambda rows: affine(rows, W, b).square().sum())(x[:20])
+    expected = 2 * (x[:20].double() @ W.double() + b.double()) @ W.double().t()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    mapped = torch.func.vmap(lambda rows: affine(rows, W, b))(x.view(10, 30, N_IN))
+    torch.testing.assert_close(mapped.flatten(0, 1), affine(x, W, b), rtol=0, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_in_inference_mode(drawn):
+    x, W, b = (each.clone() for each in drawn)
+    torch.testing.assert_close(affine(x, W, b), x @ W + b, rtol=0, atol=2e-5)
