@@ -204,8 +204,13 @@ class Ablation:
         return dataclasses.replace(self, batches=budget.plan_batches(costs, prompts, self.memory_bytes, usual))
 
     def for_prompts(self, prompts: TokenizedPrompts) -> "Ablation":
-        """Returns the analysis with what its batches depend on: how much of the prompts is the same."""
-        return dataclasses.replace(self, distinct=prompts.distinct_share())
+        """Returns the analysis with what its batches depend on: how much of the prompts has to be computed.
+
+        Beginnings are shared by edits that are the same in every prompt and at every position.
+        """
+        by_pos = "mean" in self.modes and self.mean_over == "pos"
+        shared = self.pos == "all" and "resample" not in self.modes and not by_pos
+        return dataclasses.replace(self, distinct=prompts.distinct_share() if shared else 1.0)
 
     def _costs(self, model: Model, n_targets: int, mean_pos: int, mean_prompts: int = 1) -> budget.Costs:
         return ablation_costs(

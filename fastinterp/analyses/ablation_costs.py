@@ -13,6 +13,8 @@ from fastinterp.sweep.costs import Demand
 
 # Tokens of a batch (on a GPU, on a CPU): with few variants, more make a product no faster. Equal beginnings count once.
 _TOKENS = (1 << 18, 1 << 11)
+# How many times as many tokens those may be, on a CPU: keys and values are spread to all of them.
+_MOST_SHARED = 4
 # Tokens of a batch of which only the ends are computed (on a GPU, on a CPU), and of a prompt that is short among those.
 _END_TOKENS = (1 << 15, 1 << 10)
 _SHORT_PROMPT = 16
@@ -80,4 +82,5 @@ def usual_tokens(model: Model, n_variants: int, pos: EditPos, *, swept: bool, di
     if isinstance(pos, int) and pos < 0:
         # Only the ends of prompts are computed, which are seldom shorter than this.
         return max(256, min(_END_TOKENS[cpu], most_bytes // each * _SHORT_PROMPT // -pos))
-    return max(256, min(int(_TOKENS[cpu] / distinct), most_bytes // each))
+    shared = min(_MOST_SHARED, 1 / distinct) if cpu else 1
+    return max(256, min(int(_TOKENS[cpu] * shared), most_bytes // each))

@@ -20,7 +20,7 @@ from fastinterp.model.intervene import SOURCE, Edit
 from fastinterp.model.model import Model
 from fastinterp.names import head_label
 from fastinterp.prompts import Batch, TokenizedPrompts
-from fastinterp.sweep import Variant, run_variants, sweep
+from fastinterp.sweep import Variant, clean_weights, run_variants, sweep
 
 Unit = Mapping[str, int]
 """An entry of a site's attributions: its index along each of their dims but ``prompt``."""
@@ -292,7 +292,7 @@ def _of_function(
         # What a sweep leaves at padding is undefined.
         return objective(resid.masked_fill(~base.mask[..., None], 0.0)).to(dtype)
 
-    before = value(forward(model.spec, model.weights, base.tokens))
+    before = value(forward(model.spec, clean_weights(model, "exact"), base.tokens))
     out = before.new_empty(len(variants), len(base))
     for indices, resids in run_variants(model, base.tokens, variants, n_tokens=base.n_tokens, source=source.tokens):
         for index, resid in zip(indices, resids, strict=True):

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastinterp_kernels.delta_product import delta_product, rounded_product
@@ -44,63 +45,12 @@ def affine(
 
     On the CPU, a few rows go through the matrix product together with rows of zeros: the product of fewer than
     ``STEADY_ROWS`` rows is no faster, and sums in another order, so that a row's value would depend on its company.
-    Which library multiplies is therefore chosen by the matrix alone: large float32 ones go to oneDNN.
     """
     n_rows = x.shape[:-1].numel()
-    if x.device.type != "cpu":
-        return F.linear(x, W.t(), b)
-    if n_rows and _suits_onednn(x, W, b):
-        # oneDNN sums in one order from 2 rows on.
-        rows = x if n_rows > 1 else F.pad(x.reshape(1, -1), (0, 0, 0, 1))
-        y = _OneDNN.apply(rows, W, b) if torch.is_grad_enabled() and x.requires_grad else _onednn(rows, W, b)
-        return y if n_rows > 1 else y[:1].view(*x.shape[:-1], -1)
-    if not 1 < n_rows < STEADY_ROWS:
+    if x.device.type != "cpu" or not 1 < n_rows < STEADY_ROWS:
         return F.linear(x, W.t(), b)
     padded = F.pad(x.reshape(n_rows, -1), (0, 0, 0, STEADY_ROWS - n_rows))
     return F.linear(padded, W.t(), b)[:n_rows].view(*x.shape[:-1], -1)
-
-
-# What torch's compiler calls for a linear layer. Absent where torch was built without oneDNN.
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-# The first product of every shape costs some milliseconds, so that small matrices are not worth it.
-_ONEDNN_NUMBERS = 1 << 17
-
-
-def _suits_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Whether oneDNN multiplies faster than what ``F.linear`` takes, and is able to.
-
-    Measured for AVX-512. It reads a matrix in either order, but is slow with columns of a wider one. Gradients are
-    those of activations alone, and not of ``torch.func``.
-    """
-    return (
-        _ONEDNN is not None
-        and W.numel() >= _ONEDNN_NUMBERS
-        and x.dtype == W.dtype == torch.float32
-        and (b is None or b.dtype == torch.float32)
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and (W.is_contiguous() or W.t().is_contiguous())
-        and not (torch.is_grad_enabled() and (W.requires_grad or (b is not None and b.requires_grad)))
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    product: Tensor = _ONEDNN(x, W.t(), b, "none", [], "")
-    return product
-
-
-class _OneDNN(torch.autograd.Function):
-    """The same where ``x`` needs a gradient, which oneDNN's product does not have."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(W)
-        return _onednn(x, W, b)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (W,) = ctx.saved_tensors
-        return affine(gradients[0], W.t(), None), None, None
 
 
 class Exact:
@@ -122,6 +72,69 @@ class Exact:
 
 
 EXACT = Exact()
+
+
+class Swift(Exact):
+    """Exact products whose sums are added up in another order, by oneDNN, where that is faster: of large matrices.
+
+    Errors against float64 are about twice those of ``EXACT``: all terms of a sum are added up one after the other. From
+    2 rows on a row's bits do not depend on its company; the matrix alone decides which library multiplies, since they
+    would if the number of rows did.
+    """
+
+    def __call__(
+        self,
+        name: Product,
+        x: Float[Tensor, "*rows n_in"],
+        W: Float[Tensor, "n_in n_out"],
+        b: Float[Tensor, " n_out"] | None,
+    ) -> Float[Tensor, "*rows n_out"]:
+        """Returns ``x @ W + b``."""
+        n_rows = x.shape[:-1].numel()
+        if not n_rows or not _suits_onednn(x, W, b):
+            return affine(x, W, b)
+        rows = x.reshape(n_rows, -1) if n_rows > 1 else F.pad(x.reshape(1, -1), (0, 0, 0, 1))
+        y: Tensor = _ONEDNN(rows, W.t(), b, "none", [], "")
+        return y[:n_rows].view(*x.shape[:-1], -1)
+
+    def at(self, rows: Int[Tensor, " row"] | None) -> "Swift":
+        """The same."""
+        return self
+
+
+SWIFT = Swift()
+
+
+def _find_onednn() -> Any:
+    """What torch's compiler calls for a linear layer; None where torch has no oneDNN, or is older than was tried."""
+    usable = torch.backends.mkldnn.is_available() and torch.__version__ >= "2.13"
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if usable else None
+
+
+_ONEDNN = _find_onednn()
+# The first product of every shape costs some milliseconds, so that small matrices are not worth it.
+_ONEDNN_NUMBERS = 1 << 17
+
+
+def _suits_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Whether oneDNN multiplies faster than what ``F.linear`` takes, and is able to.
+
+    Measured for AVX-512. It reads a matrix in either order, but is slow with columns of a wider one. It has no
+    derivatives, and autocast does not know it.
+    """
+    operands = (x, W) if b is None else (x, W, b)
+    return (
+        _ONEDNN is not None
+        and W.numel() >= _ONEDNN_NUMBERS
+        and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in operands)
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and (W.is_contiguous() or W.t().is_contiguous())
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in operands))
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 class Rounded:

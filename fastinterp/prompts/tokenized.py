@@ -109,13 +109,15 @@ class TokenizedPrompts:
         return int(self.n_tokens.max(initial=0))
 
     def distinct_share(self, n_prompts: int = 64) -> float:
-        """Share of the tokens of the first accepted prompts whose beginning no prompt before has; 1 without any prompt.
+        """Share of the tokens whose beginning no prompt before has; 1 without any prompt.
 
-        A header that all prompts have counts once, so that of many with a long one the share is small.
+        Counted in some accepted prompts, evenly drawn from all. A header that all prompts have counts once, so that of
+        many with a long one the share is small.
         """
         known: dict[tuple[int, int], int] = {}
         total = 0
-        for row in self.accepted[:n_prompts]:
+        drawn = np.linspace(0, len(self.accepted) - 1, min(len(self.accepted), n_prompts)).astype(int)
+        for row in self.accepted[drawn]:
             node = -1
             for token in self.tokens[row].tolist():
                 node = known.setdefault((node, token), len(known))

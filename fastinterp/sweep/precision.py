@@ -14,7 +14,7 @@ import torch
 
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.model.model import Model
-from fastinterp.model.products import EXACT, Products, Rounded
+from fastinterp.model.products import EXACT, SWIFT, Products, Rounded
 from fastinterp.model.weights import Weights
 
 Precision = Literal["exact", "delta", "tf32", "bf16"]
@@ -34,7 +34,9 @@ def check_precision(precision: Precision, dtype: torch.dtype) -> None:
 
 def clean_products(precision: Precision) -> Products:
     """How the clean run is multiplied, and the one that ``SOURCE`` stands for."""
-    return Rounded(precision) if precision == "bf16" or precision == "tf32" else EXACT
+    if precision == "bf16" or precision == "tf32":
+        return Rounded(precision)
+    return SWIFT if precision == "exact" else EXACT
 
 
 def clean_weights(model: Model, precision: Precision) -> Weights:

@@ -11,7 +11,7 @@ from fastinterp.model.attention import SHARED_NORM, SPLIT_INPUTS, Frame
 from fastinterp.model.forward import block, block_at, mlp_residual
 from fastinterp.model.intervene import Edit, Taps
 from fastinterp.model.model import Model
-from fastinterp.model.products import EXACT, Products
+from fastinterp.model.products import EXACT, Exact, Products
 from fastinterp.model.weights import BlockWeights
 from fastinterp.sweep.entering import Entrance, captured_for
 from fastinterp.sweep.rows import Rows, at_positions
@@ -136,7 +136,7 @@ class Stack:
         w = clean.multiplied_at(rows.node)
         size = self._step_variants()
         runs: Iterable[range] = [members]
-        if self.may_split and clean.products is not EXACT:
+        if self.may_split and not isinstance(clean.products, Exact):
             runs = _alike(members, edits)
         elif self.may_clash:
             runs = _compatible(members, edits)

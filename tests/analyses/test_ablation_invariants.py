@@ -56,6 +56,14 @@ def test_batches_and_chunks_change_nothing(zoo, monkeypatch, kind, pos):
     assert_close(values(ablate(model, SET, **options)), whole, 1e-5)
 
 
+def test_how_many_prompts_go_through_the_model_together():
+    assert written.prompts_at_once("cpu", 100, 50, every_position=True) == 10
+    assert written.prompts_at_once("cpu", 4, 50, every_position=True) == 4
+    assert written.prompts_at_once("cpu", 4, 5000, every_position=True) == 1
+    assert written.prompts_at_once("cuda", 100, 1000, every_position=True) == 16
+    assert written.prompts_at_once("cpu", 100, 50, every_position=False) == 100
+
+
 @pytest.mark.parametrize("name", ["gemma2-softcaps", "llama-gqa", "gpt2"])
 @pytest.mark.parametrize("units", ["heads", [(1, 1), (0, 0)], [(1, 0), (1, 1)]], ids=["all", "two layers", "one layer"])
 @pytest.mark.parametrize("n_prompts", [1, 3])
@@ -85,22 +93,24 @@ def test_a_header_that_all_prompts_have_counts_once(zoo):
     model = zoo.model("gpt2")
     header = list(range(3, 12))
 
-    def batch_tokens(prompts):
-        analysis = ablation.Ablation(units=((0, 1),))
+    def batch_tokens(prompts, **options):
+        analysis = ablation.Ablation(units=((0, 1),), **options)
         planned = analysis.planned(model, PromptSet.of(prompts).tokenize(model))
         return planned.tokens_per_batch(model)
 
-    alike = [[*header, token] for token in range(100, 300)]
-    apart = [[token, *header] for token in range(100, 300)]
+    alike = [[*header, token] for token in range(70, 370)]
+    apart = [[token, *header] for token in range(70, 370)]
     assert batch_tokens(apart) == batch_tokens(apart[:3]) == 2048
-    # Of the first 64 prompts 9 + 64 tokens of 640 are different ones.
-    assert batch_tokens(alike) == int(2048 / (73 / 640))
     assert batch_tokens([alike[0]] * 2) == 4096
+    assert batch_tokens(alike) == batch_tokens(alike, modes=("zero", "mean")) == 8192
+    # What differs between prompts or positions, is computed for each.
+    for options in (dict(modes=("resample",)), dict(modes=("mean",), mean_over="pos"), dict(pos=slice(1, 3))):
+        assert batch_tokens(alike, **options) == 2048
     found, planned = (
-        ablate(model, PromptSet.of(alike, answer=[5] * 200, wrong=[6] * 200), units=[(0, 1)], **options)
+        ablate(model, PromptSet.of(alike, answer=[5] * 300, wrong=[6] * 300), units=[(0, 1)], **options)
         for options in ({}, {"memory_bytes": 4 << 20})
     )
-    assert json.loads(found.attrs["sweep_plan"])["batch_tokens"] == int(2048 / (73 / 640))
+    assert json.loads(found.attrs["sweep_plan"])["batch_tokens"] == 8192
     assert_close(values(found), values(planned), 1e-5)
 
 

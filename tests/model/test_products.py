@@ -1,10 +1,13 @@
 """Which library multiplies: the same numbers, gradients, and rows that do not depend on their company."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastinterp.model import products
-from fastinterp.model.products import STEADY_ROWS, affine
+from fastinterp.model.products import EXACT, STEADY_ROWS, SWIFT
 
 N_IN, N_OUT = 320, 448
 
@@ -12,6 +15,10 @@ onednn = pytest.mark.skipif(
     products._ONEDNN is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
     reason="oneDNN with AVX-512 is not here",
 )
+
+
+def swift(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    return SWIFT("W_out", x, W, b)
 
 
 @pytest.fixture
@@ -45,21 +52,30 @@ def test_large_matrices_are_multiplied_by_onednn(drawn, calls, order, bias):
     W, b = (W if order == "rows" else W.t().contiguous().t()), (b if bias else None)
     expected = x.double() @ W.double() + (0 if b is None else b.double())
     for shape in ((300, N_IN), (3, 100, N_IN), (2, 1, 150, N_IN)):
-        found = affine(x.view(shape), W, b)
+        found = swift(x.view(shape), W, b)
         assert found.shape == (*shape[:-1], N_OUT)
         assert float((found.view(300, N_OUT) - expected).abs().max()) < 2e-5
     assert calls == [300] * 3
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @onednn
+@pytest.mark.usefixtures("threads")
 def test_rows_have_the_same_bits_in_any_company(drawn, calls):
     x, W, b = drawn
-    whole = affine(x, W, b)
+    whole = swift(x, W, b)
     for n_rows in (1, 2, 3, 5, STEADY_ROWS, 9, 31, 100, 299):
-        assert torch.equal(affine(x[:n_rows], W, b), whole[:n_rows]), n_rows
-        assert torch.equal(affine(x[-n_rows:], W, b), whole[-n_rows:]), n_rows
-    assert torch.equal(affine(x[7], W, b), whole[7])
-    assert torch.equal(affine(x[:1, None], W, b), whole[:1, None])
+        assert torch.equal(swift(x[:n_rows], W, b), whole[:n_rows]), n_rows
+        assert torch.equal(swift(x[-n_rows:], W, b), whole[-n_rows:]), n_rows
+    assert torch.equal(swift(x[7], W, b), whole[7])
+    assert torch.equal(swift(x[:1, None], W, b), whole[:1, None])
     assert min(calls) == 2
 
 
@@ -68,8 +84,8 @@ def test_rows_that_lie_apart(drawn, calls):
     x, W, b = drawn
     apart = torch.stack([x, -x], dim=1)[:, 0]
     assert not apart.is_contiguous()
-    assert torch.equal(affine(apart, W, b), affine(x, W, b))
-    assert torch.equal(affine(x[:1].expand(40, -1), W, b), affine(x[:1], W, b).expand(40, -1))
+    assert torch.equal(swift(apart, W, b), swift(x, W, b))
+    assert torch.equal(swift(x[:1].expand(40, -1), W, b), swift(x[:1], W, b).expand(40, -1))
     assert len(calls) == 4
 
 
@@ -87,7 +103,7 @@ def test_rows_that_lie_apart(drawn, calls):
 )
 def test_what_is_left_to_torch(drawn, calls, change):
     x, W, b = change(*drawn)
-    found = affine(x, W, b)
+    found = swift(x, W, b)
     expected = (x.double() @ W.double() + b.double()).to(x.dtype)
     tolerance = 2e-2 if x.dtype == torch.bfloat16 else 2e-5
     torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=tolerance)
@@ -95,11 +111,18 @@ def test_what_is_left_to_torch(drawn, calls, change):
     assert not calls
 
 
+def test_only_sweeps_use_it(drawn, calls):
+    x, W, b = drawn
+    EXACT("W_out", x, W, b)
+    assert not calls
+    assert SWIFT.at(torch.arange(3)) is SWIFT
+
+
 def test_without_onednn(drawn, monkeypatch):
     x, W, b = drawn
-    expected = affine(x, W, b)
+    expected = swift(x, W, b)
     monkeypatch.setattr(products, "_ONEDNN", None)
-    torch.testing.assert_close(affine(x, W, b), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(swift(x, W, b), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 300])
@@ -108,27 +131,63 @@ def test_gradients_of_activations(drawn, n_rows):
     x = x[:n_rows].requires_grad_()
     wide = x.detach().double().requires_grad_()
     for row, to in ((x, torch.float32), (wide, torch.float64)):
-        (affine(row, W.to(to), b.to(to)).square().sum(-1).sin().sum()).backward()
+        (swift(row, W.to(to), b.to(to)).square().sum(-1).sin().sum()).backward()
     assert float((x.grad - wide.grad).abs().max()) < 1e-3 * float(wide.grad.abs().max())
     # A second derivative.
     y = x.detach().requires_grad_()
-    (first,) = torch.autograd.grad(affine(y, W, b).square().sum(), y, create_graph=True)
+    (first,) = torch.autograd.grad(swift(y, W, b).square().sum(), y, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), y)
     expected = 8 * (wide.detach() @ W.double() + b.double())
     expected = (expected @ W.double().t()) @ (W.double() @ W.double().t())
     torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(N_IN,), (1, N_IN), (4, N_IN), (2, 3, N_IN)])
+def test_results_with_a_gradient_can_be_written_to(drawn, shape):
+    _, W, b = drawn
+    x = torch.ones(shape, requires_grad=True)
+    y = swift(x, W, b)
+    y[..., 0] = 0.0
+    y /= 2.0
+    y.sum().backward()
+    expected = W[:, 1:].sum(1) / 2
+    torch.testing.assert_close(x.grad, expected.expand(shape), rtol=0, atol=1e-4)
+
+
+# What torch itself loads for them.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_derivatives(drawn):
+    x, W, b = drawn
+    for requires_grad in (False, True):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach().requires_grad_(requires_grad), torch.ones_like(x))
+            tangent = forward_ad.unpack_dual(swift(dual, W, b)).tangent
+            torch.testing.assert_close(tangent, W.sum(0).expand(300, -1), rtol=0, atol=1e-4)
+
+
+def test_autocast_and_flags_of_torch(drawn, calls):
+    x, W, b = drawn
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert swift(x, W, b).dtype == torch.bfloat16
+    # As in torch.backends.mkldnn.flags(enabled=False), which warns.
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert swift(x, W, b).dtype == torch.float32
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert not calls
+
+
 def test_inside_torch_func(drawn):
     x, W, b = drawn
-    found = torch.func.grad(lambda rows: affine(rows, W, b).square().sum())(x[:20])
+    found = torch.func.grad(lambda rows: swift(rows, W, b).square().sum())(x[:20])
     expected = 2 * (x[:20].double() @ W.double() + b.double()) @ W.double().t()
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
-    mapped = torch.func.vmap(lambda rows: affine(rows, W, b))(x.view(10, 30, N_IN))
-    torch.testing.assert_close(mapped.flatten(0, 1), affine(x, W, b), rtol=0, atol=2e-5)
+    mapped = torch.func.vmap(lambda rows: swift(rows, W, b))(x.view(10, 30, N_IN))
+    torch.testing.assert_close(mapped.flatten(0, 1), swift(x, W, b), rtol=0, atol=2e-5)
 
 
 @torch.inference_mode()
 def test_in_inference_mode(drawn):
     x, W, b = (each.clone() for each in drawn)
-    torch.testing.assert_close(affine(x, W, b), x @ W + b, rtol=0, atol=2e-5)
+    torch.testing.assert_close(swift(x, W, b), x @ W + b, rtol=0, atol=2e-5)

@@ -38,7 +38,7 @@ def test_the_share_of_distinct_beginnings(id_model, tokenized):
 
     assert share([[1, 2, 3], [1, 2, 4], [1, 2]]) == 4 / 8
     assert share([[1, 2, 3], [2, 3, 1], [3, 1, 2]]) == 1.0
-    assert share([[1, 2, 3], [1, 2, 3], [7, 8, 9]], n_prompts=2) == 3 / 6
+    assert share([[1, 2, 3], [7, 8, 9], [1, 2, 3]], n_prompts=2) == 3 / 6
     assert share([[], [1, 2]]) == share([[]]) == 1.0
     assert tokenized.distinct_share() == 1.0
 
