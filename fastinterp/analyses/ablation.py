@@ -14,7 +14,7 @@ from torch import Tensor
 from fastinterp.analyses import budget
 from fastinterp.analyses.ablation_costs import ablation_costs, usual_tokens
 from fastinterp.analyses.base import Field, collect, tokenized
-from fastinterp.analyses.direct_units import direct_values
+from fastinterp.analyses.direct_units import direct_effects
 from fastinterp.analyses.edited_positions import EditPos, check_edited, checked_edit_pos, edited_positions
 from fastinterp.analyses.measuring import Clean, clean_run, sweep_values
 from fastinterp.analyses.replacements import (
@@ -315,13 +315,9 @@ class Ablation:
         found |= {f"{name}_clean": value.to(dtype) for name, value in clean.values.items()}
         give_back(model.device)
         if "direct" in self.effects:
-            if self.precision in ("tf32", "bf16"):
-                # What direct effects are differences from is not rounded.
-                clean = clean_run(model, batch, self.metrics)
             residual_bytes = None if self.memory_bytes is None else costs.residual_bytes(shape, self.memory_bytes)
-            direct = direct_values(model, batch, chosen, self.modes, self.means, self.metrics, residual_bytes)
-            for (name, replaced_by), values in direct.items():
-                effects = values - clean.values[name]
+            direct = direct_effects(model, batch, chosen, self.modes, self.means, self.metrics, residual_bytes)
+            for (name, replaced_by), effects in direct.items():
                 spread = torch.stack([self._where_edited(effects, where, name, batch) for where in wheres])
                 found[f"{name}_{replaced_by}_direct"] = self._laid_out(spread, chosen, batch).to(dtype)
         return found

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastinterp.analyses.direct_effect import head_values, metric_targets
+from fastinterp.analyses.direct_effect import clean_values, head_values, metric_targets
 from fastinterp.analyses.heads import choose_heads
 from fastinterp.analyses.replacements import Means
 from fastinterp.analyses.units import ChosenUnits, Part, Unit
@@ -23,7 +23,7 @@ from fastinterp_kernels.linear_cross_entropy import linear_cross_entropy
 _RESIDUAL_BYTES = 1 << 25
 
 
-def direct_values(
+def direct_effects(
     model: Model,
     batch: Batch,
     chosen: ChosenUnits,
@@ -32,11 +32,12 @@ def direct_values(
     metrics: Sequence[Metric],
     residual_bytes: int | None = None,
 ) -> dict[tuple[str, str], Float[Tensor, "unit batch *pos"]]:
-    """Returns every metric with each unit's direct contribution replaced: ``[unit, batch]``, or with ``pos`` behind.
+    """Returns what replacing each unit's direct contribution adds to every metric: ``[unit, batch]``, ``pos`` behind.
 
-    The keys are the names of metric and mode; modes share a run. The scales of the final norm and of post-norms are
-    frozen at the clean run. Heads go through one pass over the vocabulary for all of them; memory otherwise:
-    ``residual_bytes`` (32 MB) of edited residuals at a time.
+    Both sides of a difference are measured on the same clean run, so that this one's rounding falls out. The keys are
+    the names of metric and mode; modes share a run. The scales of the final norm and of post-norms are frozen at the
+    clean run. Heads go through one pass over the vocabulary for all of them; memory otherwise: ``residual_bytes``
+    (32 MB) of edited residuals at a time.
     """
     found: dict[tuple[str, str], Tensor] = {}
     for per_token in (False, True):
@@ -44,15 +45,17 @@ def direct_values(
         if not some:
             continue
         rows = _Rows(model, batch, chosen, modes, means, every_position=per_token)
+        written = rows.written
+        clean = rows.clean(some)
         # The last one may replace the heads' values in place, and nothing can come in front of zeros.
         ordered = sorted(modes, key=lambda mode: mode != "zero")
         for mode in ordered:
             measured = rows.measured(some, mode, residual_bytes or _RESIDUAL_BYTES, last=mode == ordered[-1])
             for name, values in measured.items():
                 # [row, unit]; padding is NaN.
-                spread = rows.written.spread(values, batch, every_position=per_token)
+                spread = written.spread(values - clean[name][:, None], batch, every_position=per_token)
                 found[name, mode] = spread.movedim(-1, 0)
-        del rows
+        del rows, written
     return found
 
 
@@ -87,6 +90,16 @@ class _Rows:
         if self.post_norms and "post" in sites:
             captures.append(Capture(name="ln2_post_scale", layers=tuple(sorted(sites["post"]))))
         return captures
+
+    def clean(self, metrics: Sequence[Metric]) -> dict[str, Float[Tensor, " row"]]:
+        """Returns the metrics as they are, by the arithmetic of what they are compared with."""
+        if self.chosen.single_heads is None:
+            return {name: values[0] for name, values in self._evaluated(metrics, self.written.x[None]).items()}
+        found: dict[str, Tensor] = {}
+        for metric in metrics:
+            targets = metric_targets(metric, self.batch, self.written)
+            found[metric.name] = clean_values(self.model, self.batch, self.written, metric, targets)
+        return found
 
     def measured(
         self, metrics: Sequence[Metric], mode: str, residual_bytes: int, *, last: bool

@@ -16,7 +16,6 @@ from fastinterp.model.norms import apply_affine, center, divide
 from fastinterp.model.weights import NormWeights
 from fastinterp.names import check_index
 from fastinterp.prompts import Batch
-from fastinterp.sweep.precision import clean_weights
 from fastinterp.sweep.resident import give_back
 
 
@@ -80,7 +79,7 @@ def heads_write(
     :func:`prompts_at_once`), and weights of one layer's size per layer where a norm's centring or weight has not been
     folded in.
     """
-    spec, weights = model.spec, clean_weights(model, "exact")
+    spec, weights = model.spec, model.weights
     layers = [check_index("layer", layer, spec.n_layers) for layer in layers]
     at = positions(pos, batch)
     prompt, where = _looked_at(batch, at, scored_only=scored_only)

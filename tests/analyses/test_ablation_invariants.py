@@ -1,5 +1,6 @@
 """What must not change an ablation: batches, company, order, other metrics, a part named twice."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -112,6 +113,24 @@ def test_a_header_that_all_prompts_have_counts_once(zoo):
     )
     assert json.loads(found.attrs["sweep_plan"])["batch_tokens"] == 8192
     assert_close(values(found), values(planned), 1e-5)
+
+
+@pytest.mark.parametrize("units", ["heads", "mlps"])
+def test_the_rounding_of_another_clean_run_is_not_in_direct_effects(zoo, monkeypatch, units):
+    model, clean_run = zoo.model("gpt2"), ablation.clean_run
+    options = dict(units=units, effect="direct", metric=("loss", "logit_diff", "kl"))
+    expected = values(ablate(model, SET, **options))
+
+    def rounded(*given):
+        clean = clean_run(*given)
+        return dataclasses.replace(clean, values={name: value + 1.0 for name, value in clean.values.items()})
+
+    monkeypatch.setattr(ablation, "clean_run", rounded)
+    found = values(ablate(model, SET, **options))
+    assert set(found) == {f"{name}_{what}" for name in options["metric"] for what in ("clean", "zero_direct")}
+    for name, array in found.items():
+        shift = 1.0 if name.endswith("_clean") else 0.0
+        np.testing.assert_allclose(array, expected[name] + shift, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("pos", ["all", 1, "each"])
