@@ -5,10 +5,12 @@ import json
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import measure, models
@@ -26,6 +28,7 @@ from benchmarks.harness import (
     parity,
     run_case,
 )
+from fastinterp.model.products import Products
 
 CPU = torch.device("cpu")
 TRUTH = np.arange(12.0).reshape(4, 3)
@@ -258,6 +261,23 @@ def test_peak_memory_is_seen_although_it_is_freed_again() -> None:
 def test_matmul_rate_takes_the_best_shape() -> None:
     slow = measure.matmul_flops_per_second([(1, 1, 1)], CPU, repeats=2)
     assert measure.matmul_flops_per_second([(1, 1, 1), (256, 256, 256)], CPU, repeats=2) > 10 * slow
+
+
+@pytest.mark.parametrize("quicker", ["EXACT", "SWIFT"])
+def test_matmul_rate_takes_the_faster_library(monkeypatch: pytest.MonkeyPatch, quicker: str) -> None:
+    clock = [0.0]
+
+    def taking(seconds: float) -> Products:
+        def multiply(name: str, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+            clock[0] += seconds
+            return x @ W
+
+        return cast("Products", multiply)
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    for name in ("EXACT", "SWIFT"):
+        monkeypatch.setattr(measure, name, taking(2.0 if name == quicker else 4.0))
+    assert measure.matmul_flops_per_second([(2, 3, 4)], CPU, repeats=2) == pytest.approx(2 * 2 * 3 * 4 / 2.0)
 
 
 @pytest.mark.parametrize(
