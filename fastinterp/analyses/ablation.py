@@ -90,7 +90,8 @@ def ablate(
             all products rounded. Direct effects are exact always.
         memory_bytes: what the run may allocate beyond the model's weights and the returned arrays. Tokens of a batch,
             variants of a group, and how many of them take a step or are measured together, follow from it. Resident
-            memory can be more: the C library keeps freed blocks (docs/performance.md says how much, and what to do).
+            memory can be more: the C library keeps freed blocks, and oneDNN the code of its products, 50 MB at most for
+            a model (docs/performance.md).
 
     Returns:
         ``{metric}_{mode}_{effect}`` (prompt, (pos), (edit_pos), units' dims) and ``{metric}_clean`` (prompt, (pos)).
@@ -107,9 +108,9 @@ def ablate(
 
     Memory: at most ``memory_bytes``. Without it the residual streams of a group of variants (16 MiB, on a GPU 1 GiB, or
     one variant of a batch; twice that where the metric is read at every token) and one step of them; no logits. Batches
-    on a CPU have 2,048 tokens at most, shared beginnings counted once (1,024 where ``pos`` is negative; 4,096 of direct
-    effects, which keep ``z`` of the layers chosen). What glibc has freed goes back to the system between the parts of a
-    batch, with ``memory_bytes`` after every layer.
+    on a CPU have about 2,048 tokens, beginnings that prompts share counted once (8,192 at most; 1,024 where ``pos`` is
+    negative; 4,096 of direct effects, which keep ``z`` of the layers chosen). What glibc has freed goes back to the
+    system between the parts of a batch, with ``memory_bytes`` after every layer.
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:
@@ -185,7 +186,7 @@ class Ablation:
         check_edited(self.pos, prompts)
         known = prompts if reference is None else reference
         if "mean" in self.modes and self.mean_over == "pos":
-            check_reference(known, prompts.max_len)
+            check_reference(reference, prompts)
         sourced = with_source(prompts, self.seed) if "resample" in self.modes else prompts
         found = dataclasses.replace(self.planned(model, prompts, known), n_prompts=len(prompts))
         if "mean" in self.modes:

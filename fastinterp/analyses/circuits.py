@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -79,7 +80,8 @@ def circuit(
 
     Returns:
         ``{metric}_circuit`` (prompt, circuit), ``{metric}_clean`` and ``{metric}_nothing`` (prompt), and
-        ``faithfulness`` (circuit), NaN where the mean of the model equals that of nothing.
+        ``faithfulness`` (circuit), NaN where the mean of the model equals that of nothing
+        but for rounding (by at most 1e-5 of the larger).
 
     Raises:
         OptionError: no set, parts beside sets of them, parts that are neither heads nor MLPs, or not ``among`` those
@@ -115,12 +117,14 @@ def circuit(
 def faithfulness(found: Mapping[Any, xr.DataArray], metric: str) -> xr.DataArray:
     """Returns how much of the metric's mean each circuit keeps, NaN where there is nothing to keep."""
     nothing, whole, kept = (found[f"{metric}_{name}"].mean("prompt") for name in ("nothing", "clean", "circuit"))
-    share = (kept - nothing) / (whole - nothing).where(whole != nothing)
+    # What float32 makes of a metric whose ablations do nothing.
+    rounding = 1e-5 * np.maximum(abs(whole), abs(nothing))
+    share = (kept - nothing) / (whole - nothing).where(abs(whole - nothing) > rounding)
     share.attrs = {
         "units": "1",
         "long_name": "share of the metric's mean that the circuit keeps",
         "sign": "1 is all of the model, 0 is nothing kept, whichever of them is larger",
-        "missing": "the mean of the model equals that of nothing kept",
+        "missing": "the mean of the model equals that of nothing kept, but for rounding",
     }
     return share
 
@@ -128,8 +132,13 @@ def faithfulness(found: Mapping[Any, xr.DataArray], metric: str) -> xr.DataArray
 def _listed(keep: Any) -> tuple[Any, ...]:
     """Returns what is kept as a tuple that can be gone through more than once."""
     if isinstance(keep, str):
-        raise OptionError(f"keep={keep!r} is text: give a list of heads and MLPs such as [{keep!r}]")
+        labels = [label.strip() for label in keep.replace("+", ",").split(",")]
+        raise OptionError(f"keep={keep!r} is text: give a list of heads and MLPs such as {labels}")
     found: tuple[Any, ...] = listed_units(keep, "keep")
+    for item in found:
+        if isinstance(item, str) and "+" in item:
+            labels = [label.strip() for label in item.split("+")]
+            raise OptionError(f"keep has {item!r}: give every set as a list of its own, such as [{labels}]")
     return found
 
 
@@ -204,7 +213,7 @@ class Circuit:
         self.sets(model.spec)
         known = prompts if reference is None else reference
         if self.mode == "mean" and self.mean_over == "pos":
-            check_reference(known, prompts.max_len)
+            check_reference(reference, prompts)
         sourced = with_source(prompts, self.seed) if self.mode == "resample" else prompts
         found = self.planned(model, prompts, known)
         if self.mode != "mean":

@@ -58,7 +58,8 @@ def direct_effect(
         SiteRangeError: a head that the model does not have, or ``pos`` outside of a prompt.
         OptionError, MetricError: modes, heads and metrics that there are not.
 
-    Memory: ``z`` at the tokens that are looked at, the result, and 64 MB at most; no logits.
+    Memory: ``z`` at the tokens that are looked at, the result, 64 MB at most, and before that the activations of one
+    layer for a batch (4,096 tokens on a CPU; 512, where every token is looked at); no logits.
     Source: McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:

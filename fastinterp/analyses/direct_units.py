@@ -92,7 +92,7 @@ class _Rows:
         return captures
 
     def clean(self, metrics: Sequence[Metric]) -> dict[str, Float[Tensor, " row"]]:
-        """Returns the metrics as they are, by the arithmetic of what they are compared with."""
+        """Returns the metrics as they are, of the rows that the others are compared with."""
         if self.chosen.single_heads is None:
             return {name: values[0] for name, values in self._evaluated(metrics, self.written.x[None]).items()}
         found: dict[str, Tensor] = {}

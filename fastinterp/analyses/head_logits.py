@@ -44,7 +44,8 @@ def head_logits(
         OptionError: ``k`` below 1 or above the vocabulary, or heads that are no pairs.
         SiteRangeError: a head that the model does not have, or ``pos`` outside of a prompt.
 
-    Memory: ``z`` at ``pos`` and the result; 64 MB at most beyond that.
+    Memory: ``z`` at ``pos``, the result, 64 MB at most, and before that the activations of one layer for a batch (4,096
+    tokens on a CPU; 512 for ``pos="all"``).
     Source: McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:

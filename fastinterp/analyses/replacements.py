@@ -178,9 +178,18 @@ def _no_partner(prompts: TokenizedPrompts, rows: list[int], length: int) -> str:
     )
 
 
-def check_reference(reference: TokenizedPrompts, n_pos: int) -> None:
-    """Raises :class:`OptionError` where prompts of a mean by position do not reach as far as those ablated."""
-    if reference.max_len < n_pos:
+def check_reference(reference: TokenizedPrompts | None, prompts: TokenizedPrompts) -> None:
+    """Raises :class:`OptionError` for means by position that there are not, or that would ablate nothing.
+
+    There are none beyond the longest prompt of the reference; and a single prompt that is its own is its own mean.
+    """
+    n_pos = prompts.max_len
+    if reference is None and len(prompts.accepted) == 1:
+        raise OptionError(
+            "a single prompt is its own mean by position, so that nothing would be ablated: give other prompts as "
+            "reference=PromptSet.of(...), or mean_over='tokens'"
+        )
+    if reference is not None and reference.max_len < n_pos:
         raise OptionError(
             f"the reference prompts have no token at position {reference.max_len}, and a prompt has {n_pos} tokens: "
             "there is no mean by position there. Give longer reference prompts, or mean_over='tokens'"

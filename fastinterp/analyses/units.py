@@ -81,13 +81,37 @@ class ChosenUnits:
 def listed_units(units: Any, name: str = "units") -> Any:
     """Returns a choice of units that can be gone through more than once: text, or a tuple.
 
-    Arrays, their rows and NumPy integers become tuples and integers, other iterables but sets tuples. Raises
-    :class:`OptionError` for what is neither text nor iterable.
+    Labels in one text (``"L10H7, L9H6+MLP3"``), arrays, their rows and NumPy integers become tuples and integers,
+    other iterables but sets tuples. Raises :class:`OptionError` for what is neither text nor iterable, and for text
+    that is neither a kind nor labels.
     """
+    if isinstance(units, str):
+        return _labels_in(units, name)
     found = _plain(units)
-    if not isinstance(found, str | tuple | set | frozenset):
+    if not isinstance(found, tuple | set | frozenset):
         raise OptionError(f"{name}={units!r}: {_EXPECTED}")
-    return found if isinstance(found, str) else tuple(found)
+    return tuple(found)
+
+
+def _labels_in(text: str, name: str) -> Any:
+    if not any(character.isdigit() for character in text):
+        check_choice(name, text, KINDS)
+        return text
+    chosen: list[Any] = []
+    for item in text.split(","):
+        labels = _together(item)
+        for label in labels:
+            if not _LABEL.fullmatch(label):
+                raise OptionError(
+                    f"{name} has {label!r}: give {', '.join(KINDS)}, or labels such as L10H7, MLP3, ATTN3 and L3N17, "
+                    "separated by commas (or by + where they are ablated together)"
+                )
+        chosen.append(labels[0] if len(labels) == 1 else labels)
+    return tuple(chosen)
+
+
+def _together(label: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in label.split("+"))
 
 
 def _plain(item: Any) -> Any:
@@ -101,16 +125,17 @@ def choose_units(spec: ModelSpec, units: Units, name: str = "units") -> ChosenUn
     """Checks a choice of units against a model; ``name`` is what messages call it.
 
     ``units`` is the name of a kind, or a list whose items are heads ``(10, 7)``, labels (``"L10H7"``, ``"MLP3"``,
-    ``"ATTN3"``, ``"L3N17"`` for a neuron), or lists of these, which are ablated together; or an array of heads.
+    ``"ATTN3"``, ``"L3N17"`` for a neuron), or lists of these, which are ablated together; or an array of heads; or
+    labels as text, separated by commas, and by ``+`` where they are ablated together.
 
     Raises:
         OptionError: no such kind, an item that is none of these, or no item.
         SiteRangeError: a layer, head or neuron that the model does not have.
     """
-    if isinstance(units, str):
-        check_choice(name, units, KINDS)
-        return _all_of_a_kind(spec, units)
-    chosen = tuple(_unit(spec, item, name) for item in listed_units(units, name))
+    listed = listed_units(units, name)
+    if isinstance(listed, str):
+        return _all_of_a_kind(spec, listed)
+    chosen = tuple(_unit(spec, item, name) for item in listed)
     if not chosen:
         raise OptionError(f"{name} is empty: give 'heads', or a list such as [(10, 7), 'MLP3']")
     labels = ["+".join(part.label for part in unit) for unit in chosen]
@@ -136,6 +161,8 @@ def _all_of_a_kind(spec: ModelSpec, kind: str) -> ChosenUnits:
 
 
 def _unit(spec: ModelSpec, item: Any, name: str) -> Unit:
+    if isinstance(item, str) and "+" in item:
+        item = _together(item)
     if isinstance(item, str) or is_pair(item):
         return (_part(spec, item, name),)
     if isinstance(item, Iterable):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastinterp.analyses import Ablation
 from fastinterp.analyses.replacements import MODES, check_seed
-from fastinterp.analyses.units import KINDS, choose_units, listed_units
+from fastinterp.analyses.units import choose_units, listed_units
 from fastinterp.errors import OptionError, check_choice
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import PromptSet, TokenizedPrompts
@@ -20,7 +20,6 @@ from fastinterp.sweep.memory import check_budget
 EFFECTS = ("total", "direct", "both")
 MEANS_OVER = ("tokens", "pos")
 
-_LABEL = re.compile(r"L\d+[HN]\d+|(MLP|ATTN)\d+")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?b?|b)", re.IGNORECASE)
 
@@ -77,7 +76,7 @@ class AblationOptions(Options):
                     check_choice(name, value, EFFECTS if name == "effect" else MEANS_OVER)
                     found[name] = value
                 case "units":
-                    found["units"] = _units(value)
+                    found["units"] = listed_units(value)
                 case "ablate_pos":
                     found["pos"] = _pos(value)
                 case "precision":
@@ -93,25 +92,6 @@ class AblationOptions(Options):
 def listed(value: str | Sequence[str]) -> tuple[str, ...]:
     """Returns names that were given as text with commas, or as a list."""
     return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
-
-
-def _units(value: str | Iterable[Any]) -> Any:
-    if not isinstance(value, str):
-        return listed_units(value)
-    if not any(character.isdigit() for character in value):
-        check_choice("units", value, KINDS)
-        return value
-    chosen: list[Any] = []
-    for item in listed(value):
-        labels = tuple(label.strip() for label in item.split("+"))
-        for label in labels:
-            if not _LABEL.fullmatch(label):
-                raise OptionError(
-                    f"units has {label!r}: give {', '.join(KINDS)}, or labels such as L10H7, MLP3, ATTN3 and L3N17, "
-                    "separated by commas (or by + where they are ablated together)"
-                )
-        chosen.append(labels[0] if len(labels) == 1 else labels)
-    return tuple(chosen)
 
 
 def _bytes(value: Any) -> int:

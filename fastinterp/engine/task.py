@@ -41,7 +41,7 @@ class Task:
         if "resample" in self.analysis.modes:
             with_source(prompts, self.analysis.seed)
         if "mean" in self.analysis.modes and self.analysis.mean_over == "pos":
-            check_reference(prompts if self.reference is None else self.reference, prompts.max_len)
+            check_reference(self.reference, prompts)
 
     def batched(self, model: Model, batch_tokens: int | None) -> "Task":
         """Returns the task with so many tokens in a batch, or without a number with as many as the analysis wants."""
@@ -89,7 +89,7 @@ class Task:
     def rehearsed(self, model: Model) -> Analysis:
         """The analysis prepared on one prompt, the longest: what is timed does not depend on values."""
         some = _longest(self.prompts)
-        known = None if self.reference is None else _longest(self.reference)
+        known = some if self.reference is None else _longest(self.reference)
         return self._prepared(model, dataclasses.replace(some, corrupt=some.corrupt or some.tokens), known)[0]
 
     def _prepared(

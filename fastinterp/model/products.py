@@ -79,7 +79,7 @@ class Swift(Exact):
 
     Errors against float64 are about twice those of ``EXACT``: all terms of a sum are added up one after the other. From
     2 rows on a row's bits do not depend on its company; the matrix alone decides which library multiplies, since they
-    would if the number of rows did.
+    would if the number of rows did. oneDNN keeps code for every shape: see ``_pieces``.
     """
 
     def __call__(
@@ -93,9 +93,18 @@ class Swift(Exact):
         n_rows = x.shape[:-1].numel()
         if not n_rows or not _suits_onednn(x, W, b):
             return affine(x, W, b)
-        rows = x.reshape(n_rows, -1) if n_rows > 1 else F.pad(x.reshape(1, -1), (0, 0, 0, 1))
-        y: Tensor = _ONEDNN(rows, W.t(), b, "none", [], "")
-        return y[:n_rows].view(*x.shape[:-1], -1)
+        rows = x.reshape(n_rows, -1)
+        pieces = _pieces(n_rows, *W.shape)
+        if pieces == [n_rows]:
+            return _onednn(rows, W, b).view(*x.shape[:-1], -1)
+        y = rows.new_empty(n_rows, W.shape[1])
+        first = 0
+        for size in pieces:
+            piece = rows[first : first + size]
+            full = piece if len(piece) == size else F.pad(piece, (0, 0, 0, size - len(piece)))
+            y[first : first + size] = _onednn(full, W, b)[: len(piece)]
+            first += size
+        return y.view(*x.shape[:-1], -1)
 
     def at(self, rows: Int[Tensor, " row"] | None) -> "Swift":
         """The same."""
@@ -114,6 +123,35 @@ def _find_onednn() -> Any:
 _ONEDNN = _find_onednn()
 # The first product of every shape costs some milliseconds, so that small matrices are not worth it.
 _ONEDNN_NUMBERS = 1 << 17
+# Code of about 0.65 MB per shape is kept for the life of the process, which no plan of memory knows of.
+_MOST_SHAPES = 64
+_WHOLE_ROWS = 128
+_PIECES = (256, 64, 16)
+_known: set[tuple[int, int, int]] = set()
+
+
+def _pieces(n_rows: int, n_in: int, n_out: int) -> list[int]:
+    """Returns how many rows go through one product each, the last one perhaps filled up with zeros.
+
+    Few rows go 16 at a time, so that sweeps in little memory, whose steps are of many sizes, have one shape; more go as
+    they are until ``_MOST_SHAPES`` are known in this process, and then in pieces too.
+    """
+    if n_rows < _WHOLE_ROWS:
+        return [_PIECES[-1]] * -(-n_rows // _PIECES[-1])
+    shape = n_rows, n_in, n_out
+    if shape in _known or len(_known) < _MOST_SHAPES:
+        _known.add(shape)
+        return [n_rows]
+    found, rest = [], n_rows
+    for size in _PIECES:
+        found += [size] * (rest // size)
+        rest %= size
+    return [*found, _PIECES[-1]] if rest else found
+
+
+def _onednn(x: Float[Tensor, "row n_in"], W: Float[Tensor, "n_in n_out"], b: Tensor | None) -> Tensor:
+    y: Tensor = _ONEDNN(x, W.t(), b, "none", [], "")
+    return y
 
 
 def _suits_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
@@ -129,6 +167,8 @@ def _suits_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
         and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in operands)
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and (W.is_contiguous() or W.t().is_contiguous())
+        # It reads as many numbers as there are columns, whatever the strides are.
+        and (b is None or b.is_contiguous())
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in operands))
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")

@@ -13,6 +13,9 @@ from torch import Tensor
 from fastinterp.errors import PromptError
 from fastinterp.prompts.bucketing import length_buckets
 
+# Where and among how many prompts beginnings are compared.
+_PLACES, _NEIGHBOURS = 8, 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
@@ -108,21 +111,25 @@ class TokenizedPrompts:
         """Tokens of the longest accepted prompt (0 if there is none)."""
         return int(self.n_tokens.max(initial=0))
 
-    def distinct_share(self, n_prompts: int = 64) -> float:
+    def distinct_share(self) -> float:
         """Share of the tokens whose beginning no prompt before has; 1 without any prompt.
 
-        Counted in some accepted prompts, evenly drawn from all. A header that all prompts have counts once, so that of
-        many with a long one the share is small.
+        Counted among prompts of similar length, which a batch is made of, in some places in the order of lengths; of
+        those the largest. A header that all prompts have counts once, so that of many with a long one the share is
+        small.
         """
+        ordered = self.accepted[np.argsort(self.n_tokens[self.accepted], kind="stable")]
+        n_places = min(_PLACES, -(-len(ordered) // _NEIGHBOURS))
+        firsts = np.linspace(0, max(0, len(ordered) - _NEIGHBOURS), n_places).astype(int)
+        return max((self._distinct_share(ordered[first : first + _NEIGHBOURS]) for first in firsts), default=1.0)
+
+    def _distinct_share(self, rows: Int[np.ndarray, " row"]) -> float:
         known: dict[tuple[int, int], int] = {}
-        total = 0
-        drawn = np.linspace(0, len(self.accepted) - 1, min(len(self.accepted), n_prompts)).astype(int)
-        for row in self.accepted[drawn]:
+        for row in rows:
             node = -1
             for token in self.tokens[row].tolist():
                 node = known.setdefault((node, token), len(known))
-            total += len(self.tokens[row])
-        return len(known) / total if total else 1.0
+        return len(known) / int(self.n_tokens[rows].sum())
 
     def batches(self, token_budget: int, indices: Sequence[int] | np.ndarray | None = None) -> list[Batch]:
         """Returns the accepted prompts as right-padded batches of similar length, on the CPU.

@@ -165,6 +165,14 @@ def test_alternative_answers(zoo, token_prompts):
         assert abs(float(logprob["logprob_zero_total"][row, 1, 1]) - (ablated - clean)) < TOLERANCE
 
 
+def test_labels_as_text_are_those_in_a_list(zoo, prompt_set):
+    model = zoo.model("gpt2")
+    listed = ablate(model, prompt_set, units=[(0, 1), ["MLP1", (2, 3)], "L0N5"])
+    assert listed["unit"].values.tolist() == ["L0H1", "MLP1+L2H3", "L0N5"]
+    assert listed.identical(ablate(model, prompt_set, units="L0H1, MLP1 + L2H3,L0N5"))
+    assert listed.identical(ablate(model, prompt_set, units=listed["unit"].values))
+
+
 def test_labels_and_attributes(zoo, prompt_set, token_prompts):
     data = ablate(zoo.model("gpt2"), prompt_set)
     assert set(data.data_vars) == {"logit_diff_zero_total", "logit_diff_clean"}

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fastinterp.analyses import ablate
+import fastinterp
+from fastinterp.analyses import ablate, circuit
 from fastinterp.errors import AnswerTokenError, MetricError, OptionError, PromptError, PromptPairError, SiteRangeError
 from fastinterp.prompts import PromptSet
 
@@ -21,6 +22,9 @@ REFUSED = [
     (OptionError, "units", {"units": (0, 1)}),
     (OptionError, "units", {"units": [[]]}),
     (OptionError, "units", {"units": ["L0"]}),
+    (OptionError, "units has 'L0': give heads, mlps, .* separated by commas", {"units": "L0H1, L0"}),
+    (SiteRangeError, "head 4", {"units": "L0H1+L0H4"}),
+    (OptionError, r"units has \('L0H1', 'L0H1'\)", {"units": ["L0H1+L0H1"]}),
     (OptionError, "units", {"units": [["L0H1", (0, 1)]]}),
     (OptionError, "units", {"units": [(0, 1.5)]}),
     (OptionError, "mode", {"mode": "zeros"}),
@@ -69,6 +73,17 @@ def idle(zoo, monkeypatch):
 def test_options_that_cannot_be(idle, error, message, options, effect):
     with pytest.raises(error, match=message):
         ablate(idle, PROMPTS, **{"effect": effect} | options)
+
+
+def test_a_single_prompt_is_no_mean_by_position(idle, zoo):
+    one = PromptSet.of([[3, 5, 7]], answer=[[1]], wrong=[[4]])
+    for options in ({"units": "heads"}, {"units": "mlps", "effect": "direct"}):
+        with pytest.raises(OptionError, match=r"its own mean by position.* reference=.* mean_over='tokens'"):
+            ablate(idle, one, mode="mean", mean_over="pos", **options)
+    with pytest.raises(OptionError, match="its own mean by position"):
+        circuit(idle, one, [(0, 1)], mode="mean", mean_over="pos")
+    with pytest.raises(OptionError, match="its own mean by position"):
+        fastinterp.plan(idle, one, analysis="ablation", mode="mean", mean_over="pos")
 
 
 @pytest.mark.usefixtures("without_shape_checks")

@@ -235,7 +235,9 @@ def test_the_mean_of_one_token_is_that_token(zoo):
     model = zoo.model("llama-gqa")
     one = PromptSet.of([[7]], answer=[[5]], wrong=[[6]])
     for mean_over in ("tokens", "pos"):
-        data = ablate(model, one, mode="mean", metric=("logit_diff", "kl"), effect="both", mean_over=mean_over)
+        data = ablate(
+            model, one, mode="mean", metric=("logit_diff", "kl"), effect="both", mean_over=mean_over, reference=one
+        )
         for name, array in data.data_vars.items():
             assert name.endswith("clean") or np.abs(array.values).max() < 1e-5
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from fastinterp.analyses import circuit
+from fastinterp.analyses.circuits import faithfulness
 from fastinterp.errors import MetricError, OptionError, PromptError, SiteRangeError
 from fastinterp.model import Edit, Taps, final_logits, forward
 from fastinterp.prompts import PromptSet
@@ -49,6 +51,23 @@ def literal(model, prompts, row, keep, mode, among=("z", "mlp_out"), corrupt=Non
         taps = Taps.of(spec.n_layers, edits=edits)
         resid = forward(spec, model.weights, torch.tensor([prompts[row]]), taps=taps)
         return final_logits(spec, model.weights, resid)[0, -1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_what_changes_nothing_but_rounding_has_no_faithfulness(zoo, scale):
+    model = zoo.model("gpt2")
+    same = PromptSet.of([[3, 5, 7, 9]], corrupt=[[3, 5, 7, 9]], answer=[[1]], wrong=[[4]])
+    nothing = circuit(model, same, [(0, 0)], mode="resample")
+    assert abs(float((nothing["logit_diff_clean"] - nothing["logit_diff_nothing"])[0])) < 1e-5
+    assert np.isnan(nothing["faithfulness"]).all()
+    # Small is not the same as none: that is measured by how large the metric is.
+    whole, none, kept = scale * 2.0, scale * 1.9998, scale * 1.9999
+    metrics = {"clean": ("prompt", [whole]), "nothing": ("prompt", [none])}
+    arrays = {f"prob_{name}": xr.DataArray(values, dims=dim) for name, (dim, values) in metrics.items()}
+    arrays["prob_circuit"] = xr.DataArray([[kept, whole]], dims=("prompt", "circuit"))
+    np.testing.assert_allclose(faithfulness(arrays, "prob"), [0.5, 1.0], rtol=1e-6)
+    arrays["prob_nothing"] = xr.DataArray([whole * (1 - 5e-6)], dims="prompt")
+    assert np.isnan(faithfulness(arrays, "prob")).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -249,6 +249,8 @@ def test_several_sets_are_several_however_they_are_given(model, keep):
 def test_sets_that_are_none_are_refused(model):
     for keep, message in (
         ("L0H1", r"keep='L0H1' is text: give a list of heads and MLPs such as \['L0H1'\]"),
+        ("L0H1,L0H2", r"give a list of heads and MLPs such as \['L0H1', 'L0H2'\]"),
+        (["L0H1+L0H2"], r"keep has 'L0H1\+L0H2': give every set as a list of its own, such as \[\['L0H1', 'L0H2'\]\]"),
         (["MLP0", [(0, 1), (0, 2)]], r"keep has 'MLP0' beside \(\(0, 1\), \(0, 2\)\): .* a list of them for each set"),
         (["L0"], "keep has 'L0'"),
         ([0, 1], "keep has 0"),

@@ -30,8 +30,9 @@ def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every product that oneDNN has made."""
+    """Rows of every product that oneDNN has made, none known before."""
     made: list[int] = []
+    monkeypatch.setattr(products, "_known", set())
     product = products._ONEDNN
 
     def counted(x: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -76,7 +77,25 @@ def test_rows_have_the_same_bits_in_any_company(drawn, calls):
         assert torch.equal(swift(x[-n_rows:], W, b), whole[-n_rows:]), n_rows
     assert torch.equal(swift(x[7], W, b), whole[7])
     assert torch.equal(swift(x[:1, None], W, b), whole[:1, None])
-    assert min(calls) == 2
+    assert min(calls) == 16
+
+
+@onednn
+def test_shapes_are_few(drawn, calls, monkeypatch):
+    x, W, b = drawn
+    x = x.repeat(2, 1)
+    whole = swift(x, W, b)
+    for n_rows in range(1, 128):
+        assert torch.equal(swift(x[:n_rows], W, b), whole[:n_rows]), n_rows
+    assert set(calls) == {600, 16}
+    monkeypatch.setattr(products, "_MOST_SHAPES", 5)
+    for n_rows in (128, 130, 200, *range(550, 600)):
+        assert torch.equal(swift(x[-n_rows:].view(n_rows, 1, N_IN), W, b), whole[-n_rows:, None]), n_rows
+    assert set(calls) == {600, 128, 130, 200, 550, 256, 64, 16}
+    calls.clear()
+    swift(x, W.flip(1)[:, :440].contiguous(), None)
+    swift(x, W, b)
+    assert calls == [256, 256, 64, 16, 16, 600], "only the shapes that are known, of another matrix none"
 
 
 @onednn
@@ -86,7 +105,7 @@ def test_rows_that_lie_apart(drawn, calls):
     assert not apart.is_contiguous()
     assert torch.equal(swift(apart, W, b), swift(x, W, b))
     assert torch.equal(swift(x[:1].expand(40, -1), W, b), swift(x[:1], W, b).expand(40, -1))
-    assert len(calls) == 4
+    assert calls == [300, 300, 16, 16, 16, 16]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +116,8 @@ def test_rows_that_lie_apart(drawn, calls):
         pytest.param(lambda x, W, b: (x.double(), W.double(), b.double()), id="float64"),
         pytest.param(lambda x, W, b: (x.bfloat16(), W.bfloat16(), b.bfloat16()), id="bfloat16"),
         pytest.param(lambda x, W, b: (x[:0], W, b), id="no rows"),
+        pytest.param(lambda x, W, b: (x, W, torch.stack([b, -b], 1)[:, 0]), id="bias that lies apart"),
+        pytest.param(lambda x, W, b: (x, W, b[:1].expand(N_OUT)), id="one bias for all"),
         pytest.param(lambda x, W, b: (x, W.requires_grad_(), b), id="gradient of the matrix"),
         pytest.param(lambda x, W, b: (x, W, b.requires_grad_()), id="gradient of the bias"),
     ],

@@ -33,14 +33,17 @@ def test_batches_hold_every_accepted_prompt_once_within_the_budget(tokenized):
 
 
 def test_the_share_of_distinct_beginnings(id_model, tokenized):
-    def share(rows, **options):
-        return PromptSet.of(rows).tokenize(id_model, bad_prompts="reject").distinct_share(**options)
+    def share(rows):
+        return PromptSet.of(rows).tokenize(id_model, bad_prompts="reject").distinct_share()
 
     assert share([[1, 2, 3], [1, 2, 4], [1, 2]]) == 4 / 8
     assert share([[1, 2, 3], [2, 3, 1], [3, 1, 2]]) == 1.0
-    assert share([[1, 2, 3], [7, 8, 9], [1, 2, 3]], n_prompts=2) == 3 / 6
     assert share([[], [1, 2]]) == share([[]]) == 1.0
     assert tokenized.distinct_share() == 1.0
+    # The same prompt many times: once among neighbours. Prompts of another length share nothing, and decide.
+    assert share([[1, 2, 3]] * 100) == 1 / 16
+    assert share([[1, 2, 3]] * 100 + [[n, 5, 6, 7] for n in range(20)]) == 1.0
+    assert share([[n, 5] for n in range(20)] + [[1, 2, 3]] * 100) == 1.0
 
 
 def test_batches_are_sorted_by_length_and_filled(tokenized):
