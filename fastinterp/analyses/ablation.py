@@ -35,7 +35,7 @@ from fastinterp.metrics import Metric, get_metric
 from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
+from fastinterp.sweep import PRECISIONS, Precision, Variant, Variants, check_precision
 from fastinterp.sweep.memory import SweepMemory, check_budget
 from fastinterp.sweep.resident import give_back
 
@@ -340,17 +340,22 @@ class Ablation:
     ) -> tuple[Clean, dict[tuple[str, Mode], Tensor]]:
         """The clean run, and effects ``[where, unit, batch, (pos)]`` of running the rest of the model again."""
         n_pos = batch.tokens.shape[1]
-        variants = [
-            Variant(edits=tuple(edit_of(part, mode, self.means, self.mean_over, n_pos, where) for part in unit))
-            for mode in self.modes
-            for where in wheres
-            for unit in chosen.units
-        ]
+        shape = (len(self.modes), len(wheres), len(chosen.units))
+
+        def make(index: int) -> Variant:
+            mode, where, unit = (int(i) for i in np.unravel_index(index, shape))
+            return Variant(
+                edits=tuple(
+                    edit_of(part, self.modes[mode], self.means, self.mean_over, n_pos, wheres[where])
+                    for part in chosen.units[unit]
+                )
+            )
+
+        variants = Variants(torch.Size(shape).numel(), make)
         source = batch.corrupt if "resample" in self.modes else None
         clean, values = sweep_values(
             model, batch, self.metrics, variants, source, precision=self.precision, memory=memory
         )
-        shape = (len(self.modes), len(wheres), len(chosen.units))
         effects = {name: (each - clean.values[name]).unflatten(0, shape) for name, each in values.items()}
         return clean, {
             (name, mode): each[index] for name, each in effects.items() for index, mode in enumerate(self.modes)

@@ -1,13 +1,15 @@
 """Activation patching: what changes if an activation has its value of the other run of a pair."""
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Bool
 from torch import Tensor
 
 from fastinterp.analyses.base import Field, collect, head_coords, tokenized
@@ -30,7 +32,7 @@ from fastinterp.model.model import Model
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation
 from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
-from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
+from fastinterp.sweep import PRECISIONS, Precision, Variant, Variants, check_precision
 from fastinterp.sweep.costs import Demand
 from fastinterp.sweep.memory import check_budget
 
@@ -280,12 +282,8 @@ class ActivationPatch:
         assert batch.corrupt is not None
         clean, corrupt = batch, dataclasses.replace(batch, tokens=batch.corrupt)
         base, source = (corrupt, clean) if self.direction == "denoise" else (clean, corrupt)
-        variants: list[Variant] = []
-        shapes: list[tuple[int, ...]] = []
-        for site in self.sites:
-            made, shape = self._variants(model.spec, site, base)
-            variants += made
-            shapes.append(shape)
+        shapes = [self._dims(model.spec, site, base.tokens.shape[1])[1] for site in self.sites]
+        variants = self._variants(shapes, base)
         memory = None
         if self.memory_bytes is not None:
             memory = self._costs(model, batch_targets(batch)).memory(shape_of(batch), self.memory_bytes)
@@ -312,29 +310,27 @@ class ActivationPatch:
             first += n
         return found
 
-    def _variants(self, spec: ModelSpec, site: str, base: Batch) -> tuple[list[Variant], tuple[int, ...]]:
-        """Returns the patches of a site in the order of its dims, and their sizes."""
-        _, shape, _ = self._dims(spec, site, base.tokens.shape[1])
+    def _variants(self, shapes: Sequence[tuple[int, ...]], base: Batch) -> Variants:
+        """Returns the patches of all sites, each in the order of its dims, whose sizes are given."""
         everywhere = torch.arange(base.tokens.shape[1], device=base.tokens.device)
         at = [(everywhere == p).expand_as(base.tokens) for p in everywhere]
-        wheres: list[tuple[Bool[Tensor, "batch pos"] | None, Bool[Tensor, "batch pos"] | None]] = [(None, None)]
-        if len(self._pos_dims) == 1:
-            wheres = [(where, None) for where in at]
-        elif self._pos_dims:
-            wheres = [(where, keys) for where in at for keys in at]
-        inner = shape[len(self._pos_dims) + 1 :]
-        variants = []
-        for where, keys in wheres:
-            for layer in range(spec.n_layers):
-                for index in range(torch.Size(inner).numel()):
-                    edit = Edit(
-                        site=site,
-                        layer=layer,
-                        head=index if inner and self.by != "neuron" else None,
-                        neuron=index if self.by == "neuron" else None,
-                        positions=where,
-                        keys=keys,
-                        replacement=SOURCE,
-                    )
-                    variants.append(Variant(edits=(edit,)))
-        return variants, shape
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        ends = list(accumulate(sizes))
+        n_places = len(self._pos_dims)
+
+        def make(index: int) -> Variant:
+            which = bisect_right(ends, index)
+            where = [int(i) for i in np.unravel_index(index - ends[which] + sizes[which], shapes[which])]
+            places, layer, unit = where[:n_places], where[n_places], next(iter(where[n_places + 1 :]), None)
+            edit = Edit(
+                site=self.sites[which],
+                layer=layer,
+                head=None if self.by == "neuron" else unit,
+                neuron=unit if self.by == "neuron" else None,
+                positions=at[places[0]] if places else None,
+                keys=at[places[1]] if len(places) > 1 else None,
+                replacement=SOURCE,
+            )
+            return Variant(edits=(edit,))
+
+        return Variants(ends[-1], make)

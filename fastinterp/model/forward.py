@@ -18,7 +18,7 @@ from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.norms import tapped_norm
 from fastinterp.model.prefix import PrefixTree, prefix_tree
-from fastinterp.model.products import affine
+from fastinterp.model.products import Exact, affine
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
 
@@ -43,6 +43,19 @@ PACKED_SITES = frozenset(
         "resid_post",
     }
 )
+
+HIDDEN = frozenset({"pre", "pre_linear", "post"})
+"""Sites of the hidden layer of an MLP."""
+
+MLP_ROWS = 256
+
+
+def mlp_rows(n_rows: int) -> int:
+    """How many of the rows of an MLP are computed at a time on a CPU: a quarter, in multiples of ``MLP_ROWS``.
+
+    As fast as all at once; much fewer are slower.
+    """
+    return -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
 
 
 def forward(
@@ -181,8 +194,10 @@ def block(
 ) -> Float[Tensor, "batch pos d_model"]:
     """Returns the residual stream after block ``layer``."""
     resid = taps("resid_pre", layer, resid)
-    q, k, v = project_qkv(spec, w, layer, resid, frame, taps)
-    return _after_attention(spec, w, layer, resid, attend(spec, layer, q, k, v, frame, taps), taps)
+    # No name here keeps queries, keys, values or z: they are freed before the MLP, whose hidden layer is the largest.
+    return _after_attention(
+        spec, w, layer, resid, attend(spec, layer, *project_qkv(spec, w, layer, resid, frame, taps), frame, taps), taps
+    )
 
 
 def block_at(
@@ -224,6 +239,7 @@ def _after_attention(
     attn_raw = taps("attn_raw", layer, mix_heads(w, layer, taps("z", layer, z), taps))
     attn_out = taps("attn_out", layer, write_norm(spec, "ln1_post", layer, attn_raw, w.ln1_post, taps))
     after = resid + attn_out
+    del z, attn_raw, attn_out
     if spec.parallel:
         return mlp_residual(spec, w, layer, resid, taps, after=after)
     return mlp_residual(spec, w, layer, taps("resid_mid", layer, after), taps)
@@ -276,7 +292,31 @@ def mix_heads(
 def mlp(
     spec: ModelSpec, w: BlockWeights, layer: int, x: Float[Tensor, "*rows d_model"], taps: Taps = NO_TAPS
 ) -> Float[Tensor, "*rows d_model"]:
-    """Returns the MLP's output for a normalised residual."""
+    """Returns the MLP's output for a normalised residual.
+
+    Memory: ``d_mlp`` for ``mlp_rows`` rows at a time on a CPU, where nobody taps it or asks for gradients.
+    """
+    n_rows = x.shape[:-1].numel()
+    some = mlp_rows(n_rows)
+    if n_rows <= some or not _by_rows(w, x, taps, layer):
+        return _mlp(spec, w, layer, x, taps)
+    pieces = [_mlp(spec, w, layer, rows, taps) for rows in x.reshape(n_rows, -1).split(some)]
+    return torch.cat(pieces).view(*x.shape[:-1], -1)
+
+
+def _by_rows(w: BlockWeights, x: Tensor, taps: Taps, layer: int) -> bool:
+    """Whether the rows of an MLP can be computed some at a time."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and isinstance(w.products, Exact)
+        and not taps.wants_any(HIDDEN, layer)
+    )
+
+
+def _mlp(
+    spec: ModelSpec, w: BlockWeights, layer: int, x: Float[Tensor, "*rows d_model"], taps: Taps
+) -> Float[Tensor, "*rows d_model"]:
     hidden = w.products("W_gate_in", x, w.W_gate_in, w.b_gate_in)
     if spec.mlp.kind == "plain":
         post = activate(spec.mlp.activation, taps("pre", layer, hidden))
@@ -284,6 +324,7 @@ def mlp(
         gate, linear = hidden.chunk(2, dim=-1)
         gate = activate(spec.mlp.activation, taps("pre", layer, gate))
         post = gate * taps("pre_linear", layer, linear)
+        del gate, linear, hidden
     return w.products("W_out", taps("post", layer, post), w.W_out, w.b_out)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+from fastinterp.model.forward import HIDDEN
 from fastinterp.model.prefix import POSITIONS_MULTIPLE
 from fastinterp.sweep.precision import Precision
 from fastinterp.sweep.variants import ATTENTION
@@ -225,12 +226,21 @@ class Cost:
             found += shape.nodes * widths.recorded
         return found
 
+    def _block(self, tokens: int, slots: int, n_keys: int, *, formed: bool) -> int:
+        return self.widths.block(tokens, slots, n_keys, formed=formed, by_rows=self._by_rows)
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether MLPs are computed some rows at a time."""
+        demand = self.demand
+        return self.widths.device_type == "cpu" and demand.precision == "exact" and not demand.sites & HIDDEN
+
     def _clean(self) -> int:
         widths, shape = self.widths, self.shape
         rounded = "exact" if self.demand.precision == "delta" else self.demand.precision
-        return widths.block(shape.nodes, shape.slots, shape.padded, formed=widths.formed) + widths.products(
-            shape.nodes, rounded
-        )
+        return widths.block(
+            shape.nodes, shape.slots, shape.padded, formed=widths.formed, by_rows=self._by_rows
+        ) + widths.products(shape.nodes, rounded)
 
     def _source(self) -> int:
         if not self.demand.source:
@@ -239,7 +249,7 @@ class Cost:
         formed = widths.formed or self.demand.patterns
         tokens = shape.n_prompts * shape.n_pos
         rounded = "exact" if self.demand.precision == "delta" else self.demand.precision
-        return widths.block(tokens, tokens, shape.n_pos, formed=formed) + widths.products(tokens, rounded)
+        return self._block(tokens, tokens, shape.n_pos, formed=formed) + widths.products(tokens, rounded)
 
     def _edited(self) -> int:
         """Bytes per token of edits in a step: the replacements, and the copy in which they are made."""
@@ -256,12 +266,18 @@ class Cost:
         if self.whole:
             tokens = min(max(plan.step_tokens, shape.nodes), n_variants * shape.nodes)
             slots = min(max(2 * plan.step_tokens, shape.slots), n_variants * shape.slots)
-            found.append((tokens, shape.nodes, widths.block(tokens, slots, shape.padded, formed=widths.formed)))
+            found.append(
+                (
+                    tokens,
+                    shape.nodes,
+                    widths.block(tokens, slots, shape.padded, formed=widths.formed, by_rows=self._by_rows),
+                )
+            )
         if self.ends is not None:
             one = shape.n_prompts * self.ends
             tokens = min(max(plan.step_tokens, one), n_variants * one)
             scores = min(max(plan.score_bytes, self.score_bytes), n_variants * self.score_bytes)
-            found.append((tokens, one, widths.ends(tokens, shape.slots, scores)))
+            found.append((tokens, one, widths.ends(tokens, shape.slots, scores, by_rows=self._by_rows)))
         differences = precision == "delta"
         return max(
             block + tokens * edited + widths.products(tokens, precision) + (one * widths.recorded if differences else 0)

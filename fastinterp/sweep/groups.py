@@ -14,12 +14,15 @@ from fastinterp.sweep.variants import Variant
 _ENDS_SHARE = 0.75
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """A variant, from where on it can differ (None: everywhere), and the bytes of its residual."""
+    """The first layer of a variant, from where on it can differ (None: everywhere), and the bytes of its residual.
+
+    Not the variant itself: while some go through the model, thousands may wait.
+    """
 
     index: int
-    variant: Variant
+    first_layer: int
     start: tuple[int, ...] | None
     n_bytes: int
 
@@ -36,7 +39,7 @@ class Planned:
             width = int((n_tokens - begins).max())
             if len(begins) * width < _ENDS_SHARE * tree.n_nodes:
                 start, rows = tuple(begins.tolist()), len(begins) * width
-        return cls(index=index, variant=variant, start=start, n_bytes=rows * each)
+        return cls(index=index, first_layer=variant.first_layer, start=start, n_bytes=rows * each)
 
 
 def groups(planned: Sequence[Planned], residual_bytes: int) -> Iterator[list[Planned]]:
@@ -55,7 +58,7 @@ def groups(planned: Sequence[Planned], residual_bytes: int) -> Iterator[list[Pla
 
 def first_layer(group: Sequence[Planned]) -> int:
     """The layer below which all variants of a group, which are in the order of their first layers, are clean."""
-    return group[0].variant.first_layer
+    return group[0].first_layer
 
 
 def by_start(group: Sequence[Planned]) -> list[tuple[tuple[int, ...] | None, list[Planned]]]:

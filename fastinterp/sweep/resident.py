@@ -1,9 +1,11 @@
 """Resident memory: what this process has freed, given back to the system."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -29,3 +31,30 @@ def give_back(device: torch.device) -> None:
     trim = _trim()
     if device.type == "cpu" and trim is not None:
         trim(0)
+
+
+class Resident:
+    """Keeps what is resident near what is allocated, where that is on the C library's heap.
+
+    Giving freed memory back takes time, and so do the new pages that are needed then: it is done when what is resident
+    has grown by ``allowed_bytes``, and not before (None: never).
+    """
+
+    def __init__(self, device: torch.device, allowed_bytes: int | None) -> None:
+        """Counts from here."""
+        self._device = device
+        self._allowed_bytes = allowed_bytes if device.type == "cpu" and _trim() is not None else None
+        self._most = 0 if self._allowed_bytes is None else _resident_bytes() + self._allowed_bytes
+
+    def check(self) -> None:
+        """To be called where little is allocated."""
+        if self._allowed_bytes is None or _resident_bytes() <= self._most:
+            return
+        give_back(self._device)
+        self._most = _resident_bytes() + self._allowed_bytes
+
+
+def _resident_bytes() -> int:
+    """What is resident of this process, on a Linux system."""
+    pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -23,11 +23,12 @@ from fastinterp.model.intervene import SOURCE, Capture, Taps
 from fastinterp.model.model import Model
 from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.products import Difference, Recorded
+from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
 from fastinterp.sweep.groups import Planned, by_start, first_layer, groups
 from fastinterp.sweep.memory import SweepMemory, group_bytes, score_bytes, step_tokens
 from fastinterp.sweep.precision import Precision, check_precision, clean_products, clean_weights
-from fastinterp.sweep.resident import give_back
+from fastinterp.sweep.resident import Resident
 from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.source import SourceRun
 from fastinterp.sweep.stack import CleanLayer, Stack
@@ -49,9 +50,10 @@ class Swept:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A batch of prompts, where it is read, the run that ``SOURCE`` stands for, and how products are done."""
+    """The variants and a batch of prompts, where it is read, the run that ``SOURCE`` is, and how products are done."""
 
     model: Model
+    variants: Sequence[Variant]
     tokens: Int[Tensor, "batch pos"]
     n_tokens: Int[Tensor, " batch"]
     tree: PrefixTree
@@ -60,7 +62,11 @@ class Job:
     precision: Precision = "exact"
     step_tokens: int
     score_bytes: int
-    limited: bool = False
+    resident: Resident
+
+    def variant(self, index: int) -> Variant:
+        """Returns a variant with its layers counted from the first."""
+        return self.variants[index].resolved(self.model.spec)
 
 
 @torch.no_grad()
@@ -144,23 +150,20 @@ def sweep(
     """
     spec = model.spec
     check_precision(precision, model.dtype)
-    variants = [variant.resolved(spec) for variant in variants]
-    if source is None and any(isinstance(edit.replacement, str) for v in variants for edit in v.edits):
-        raise OptionError(f"an edit takes its values from {SOURCE!r}, and there is no source: give source=tokens")
     if n_tokens is None:
         n_tokens = tokens.new_full((len(tokens),), tokens.shape[1])
-    stages = [variant.stage(spec) for variant in variants]
-    passing = [i for i, stage in enumerate(stages) if stage != "forward"]
-    tree = prefix_tree(tokens, n_tokens, share=all(e.same_everywhere for i in passing for e in variants[i].edits))
+    passing, apart, share = _sorted_out(spec, variants, has_source=source is not None)
+    tree = prefix_tree(tokens, n_tokens, share=share)
     device = model.device.type
     job = Job(
-        model=model, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source, precision=precision,
+        model=model, variants=variants, tokens=tokens, n_tokens=n_tokens, tree=tree, at=at, source=source,
+        precision=precision,
         step_tokens=step_tokens(device) if memory is None else memory.step_tokens,
         score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
-        limited=memory is not None,
+        resident=Resident(model.device, None if memory is None else memory.peak_bytes // 4),
     )  # fmt: skip
-    planned = [Planned.of(model, tree, n_tokens, i, variants[i]) for i in passing]
-    planned.sort(key=lambda each: (each.variant.first_layer, each.start or ()))
+    planned = [Planned.of(model, tree, n_tokens, i, job.variant(i)) for i in passing]
+    planned.sort(key=lambda each: (each.first_layer, each.start or ()))
     owed = clean_first
     if residual_bytes is None:
         residual_bytes = group_bytes(device) if memory is None else memory.residual_bytes
@@ -172,9 +175,29 @@ def sweep(
         owed = False
     if owed:
         yield Swept(indices=[], resid=_clean_forward(job)[None])
-    for index, stage in enumerate(stages):
-        if stage == "forward":
-            yield _whole_forward(job, index, variants[index])
+    for index in apart:
+        yield _whole_forward(job, index, job.variant(index))
+
+
+def _sorted_out(spec: ModelSpec, variants: Sequence[Variant], *, has_source: bool) -> tuple[list[int], list[int], bool]:
+    """Checks the variants; returns which go through the layers together, which apart, and if all prompts can be alike.
+
+    Raises:
+        OptionError, SiteRangeError, UnknownActivationError: see :func:`run_variants`.
+    """
+    passing: list[int] = []
+    apart: list[int] = []
+    alike = True
+    for i in range(len(variants)):
+        variant = variants[i].resolved(spec)
+        if not has_source and any(isinstance(edit.replacement, str) for edit in variant.edits):
+            raise OptionError(f"an edit takes its values from {SOURCE!r}, and there is no source: give source=tokens")
+        if variant.stage(spec) == "forward":
+            apart.append(i)
+        else:
+            passing.append(i)
+            alike = alike and all(edit.same_everywhere for edit in variant.edits)
+    return passing, apart, alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,10 +277,10 @@ class _Pass:
         if job.source is not None:
             known = None if begin is None or begin.source is None else (begin.layer, begin.source)
             self.source = SourceRun(job.model, job.source, clean_products(job.precision), begin=known)
-        taking = (e.layer for each in group for e in each.variant.edits if isinstance(e.replacement, str))
-        self.source_layers = 1 + max(taking, default=-1)
         self.reached: _Begin | None = begin
         self.stacks = [self._stack(start, members) for start, members in by_start(group)]
+        edits = (edit for stack in self.stacks for variant in stack.variants for edit in variant.edits)
+        self.source_layers = 1 + max((e.layer for e in edits if isinstance(e.replacement, str)), default=-1)
         self.ends = any(stack.rows.start is not None for stack in self.stacks)
         self.first_layer = 0 if begin is None else begin.layer
         self.clean_layers, self.clean_at_rows = self.first_layer, False
@@ -270,7 +293,7 @@ class _Pass:
         return Stack(
             job.model,
             rows,
-            [(each.index, each.variant) for each in members],
+            [(each.index, job.variant(each.index)) for each in members],
             n_pos=job.tokens.shape[1],
             step_tokens=job.step_tokens,
             score_bytes=job.score_bytes,
@@ -296,10 +319,9 @@ class _Pass:
                 taken = self.source.step(layer, edits)
             for stack in self.stacks:
                 stack.step(clean, taken, reading)
-            if job.limited:
-                # Otherwise what this layer has freed would count beside what the next one needs.
-                del clean, taken
-                give_back(job.tokens.device)
+            # Not while the next layer is computed.
+            del clean, taken
+            job.resident.check()
         while self.stacks:
             stack = self.stacks.pop(0)
             yield Swept(indices=stack.indices, resid=stack.final(job.at, self.clean), start=stack.rows.start)

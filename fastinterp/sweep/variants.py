@@ -1,8 +1,9 @@
 """What is changed in each run of a sweep, and how such a run departs from the clean one."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Int
@@ -81,6 +82,8 @@ class Variant:
             edits.append(edit if edit.layer == layer else dataclasses.replace(edit, layer=layer))
         for layer in {edit.layer for edit in edits if edit.site in SPLIT_INPUTS}:
             check_split_inputs(spec, layer, {edit.site for edit in edits if edit.layer == layer})
+        if all(edit is given for edit, given in zip(edits, self.edits, strict=True)):
+            return self
         return Variant(edits=tuple(edits))
 
     @property
@@ -127,6 +130,29 @@ class Variant:
             found = edit.positions.int().argmax(-1)
             first = torch.minimum(first, torch.where(edit.positions.any(-1), found, first))
         return first
+
+
+class Variants(Sequence[Variant]):
+    """Variants that are made when they are asked for: thousands of them would take megabytes."""
+
+    def __init__(self, n_variants: int, make: Callable[[int], Variant]) -> None:
+        """``make`` returns the variant of an index, an equal one every time."""
+        self._n_variants, self._make = n_variants, make
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self._n_variants
+
+    @overload
+    def __getitem__(self, index: int) -> Variant: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Variant]: ...
+
+    def __getitem__(self, index: int | slice) -> Variant | Sequence[Variant]:
+        """Makes one variant, or some."""
+        chosen = range(self._n_variants)[index]
+        return self._make(chosen) if isinstance(chosen, int) else [self._make(i) for i in chosen]
 
 
 def head_variants(spec: ModelSpec) -> list[Variant]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from fastinterp.model.forward import mlp_rows
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation
 from fastinterp.sweep.precision import Precision
@@ -105,24 +106,31 @@ class Widths:
         attention, rotary = self.spec.attention, self.spec.position.kind == "rotary"
         return self.z + self.kv if rotary or attention.qk_norm else 0
 
-    def mlp(self, tokens: int) -> int:
-        """From ``resid_mid`` to ``resid_post``, beside what is kept of the attention."""
+    def mlp(self, tokens: int, *, by_rows: bool) -> int:
+        """From ``resid_mid`` to ``resid_post``, beside what is kept of the attention.
+
+        ``by_rows``: of the hidden layer, ``mlp_rows`` rows at a time.
+        """
         written = 2 * self.d + (self.norm if self.spec.post_norms else 0)
         acted = self.post * (3 if self.spec.mlp.activation == "gelu_quick" else 2)
-        return tokens * (self.norm + self.hidden + max(acted, written + self.post))
+        if not by_rows:
+            return tokens * (self.norm + self.hidden + max(acted, written + self.post))
+        some = min(tokens, mlp_rows(tokens)) * (self.hidden + max(acted, self.post + self.d))
+        return tokens * (self.norm + written + self.d) + some
 
-    def block(self, tokens: int, slots: int, n_keys: int, *, formed: bool = False) -> int:
+    def block(self, tokens: int, slots: int, n_keys: int, *, formed: bool = False, by_rows: bool = False) -> int:
         """A whole block of ``tokens`` packed tokens that attention spreads over ``slots``."""
-        kept = tokens * (self.qkv + self._turned + self.z + 2 * self.d)
-        kept += tokens * self.norm if self.spec.post_norms else 0
-        return max(self.attention(tokens, slots, n_keys, formed=formed), kept + self.mlp(tokens))
+        return max(self.attention(tokens, slots, n_keys, formed=formed), self._kept(tokens, by_rows=by_rows))
 
-    def ends(self, rows: int, slots: int, scores: int) -> int:
+    def _kept(self, tokens: int, *, by_rows: bool) -> int:
+        """The MLP, and what is kept of the attention meanwhile."""
+        kept = 2 * self.d + (self.norm if self.spec.post_norms else 0)
+        return tokens * kept + self.mlp(tokens, by_rows=by_rows)
+
+    def ends(self, rows: int, slots: int, scores: int, *, by_rows: bool = False) -> int:
         """A block of prompts' ends, whose attention forms scores of ``scores`` bytes; keys are spread for it."""
-        attention = rows * (self.qkv + self._turned + self.qkv + 5 * self.z) + 4 * scores
-        kept = rows * (self.qkv + self._turned + self.z + 2 * self.d)
-        kept += rows * self.norm if self.spec.post_norms else 0
-        return 2 * slots * self.kv + max(rows * self.norm + attention, kept + self.mlp(rows))
+        attention = rows * (self.norm + self.qkv + self._turned + self.qkv + 5 * self.z) + 4 * scores
+        return 2 * slots * self.kv + max(attention, self._kept(rows, by_rows=by_rows))
 
     def products(self, rows: int, precision: Precision) -> int:
         """Rounded operands of one product."""

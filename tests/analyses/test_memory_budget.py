@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import weakref
 from dataclasses import is_dataclass
 
@@ -141,6 +142,18 @@ def difference(found, expected):
     xr.testing.assert_equal(found.isnull(), expected.isnull())
     gaps = [float(abs(found[name] - expected[name]).max()) for name in expected if expected[name].dtype.kind == "f"]
     return max(gaps)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[len(ABLATIONS)], CASES[-2]], ids=lambda case: case[0].__name__)
+def test_mlps_of_some_rows_at_a_time_stay_under_the_budget(models, monkeypatch, case):
+    expected, _ = run(models, case)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["fastinterp.model.forward"], "MLP_ROWS", 1)
+    fewest, _ = least(models, case)
+    for budget in (None, 2 * fewest):
+        found, seen = run(models, case, budget)
+        assert seen.peak <= json.loads(found.attrs["sweep_plan"])["peak_bytes"]
+        assert difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}-{'-'.join(case[3])}")

@@ -10,10 +10,11 @@ import torch
 
 from fastinterp import ablate
 from fastinterp.prompts import PromptSet
-from fastinterp.sweep import resident
+from fastinterp.sweep import resident, runner
 
 MIB = 1 << 20
 N_BLOCKS = 400
+PROMPTS = PromptSet.of([[1, 2, 3], [4, 5, 6, 7]], answer=[8, 9], wrong=[9, 8])
 
 glibc = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc is not here"
@@ -80,23 +81,60 @@ def test_other_systems_are_not_asked(monkeypatch: pytest.MonkeyPatch, platform: 
 
 
 @pytest.mark.parametrize(
-    ("options", "times"),
-    [
-        (dict(memory_bytes=4 << 20), None),
-        (dict(), 1),
-        (dict(effect="both"), 2),
-        (dict(mode="mean"), 2),
-    ],
-    ids=["layers of a limited sweep", "sweep", "total and direct", "mean"],
+    ("options", "times"), [(dict(), 1), (dict(effect="both"), 2), (dict(mode="mean"), 2)], ids=["total", "both", "mean"]
 )
-def test_when_memory_is_given_back(zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, times: int | None) -> None:
+def test_when_memory_is_given_back(zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, times: int) -> None:
     given: list[torch.device] = []
-    for module in ("sweep.runner", "analyses.ablation", "analyses.replacements", "analyses.written"):
+    for module in ("analyses.ablation", "analyses.replacements", "analyses.written"):
         monkeypatch.setattr(f"fastinterp.{module}.give_back", given.append)
+    ablate(zoo.model("gpt2"), PROMPTS, **options)
+    assert given == [torch.device("cpu")] * times
+
+
+@glibc
+def test_what_has_grown_is_given_back_once() -> None:
+    kept = resident.Resident(torch.device("cpu"), N_BLOCKS // 4 * MIB)
+    process = psutil.Process()
+    alive = _holes()
+    before = process.memory_info().rss
+    kept.check()
+    after = process.memory_info().rss
+    assert before - after > N_BLOCKS // 4 * MIB
+    more = _holes()
+    held = process.memory_info().rss
+    kept.check()
+    assert held - process.memory_info().rss > N_BLOCKS // 4 * MIB
+    assert len(alive) == len(more)
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("device", "allowed"), [("cpu", 2 * N_BLOCKS * MIB), ("cpu", None), ("meta", 0)], ids=["little", "no limit", "meta"]
+)
+def test_what_need_not_be_given_back_stays(monkeypatch: pytest.MonkeyPatch, device: str, allowed: int | None) -> None:
+    monkeypatch.setattr(resident, "give_back", lambda device: pytest.fail("given back"))
+    kept = resident.Resident(torch.device(device), allowed)
+    assert len(_holes()) == N_BLOCKS // 2
+    kept.check()
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_limited_sweep_looks_after_every_layer(zoo: Any, monkeypatch: pytest.MonkeyPatch, limited: bool) -> None:
+    allowed: list[int | None] = []
+    checks: list[None] = []
+
+    class Watched(resident.Resident):
+        def __init__(self, device: torch.device, allowed_bytes: int | None) -> None:
+            allowed.append(allowed_bytes)
+            super().__init__(device, allowed_bytes)
+
+        def check(self) -> None:
+            checks.append(None)
+            super().check()
+
+    monkeypatch.setattr(runner, "Resident", Watched)
     model = zoo.model("gpt2")
-    ablate(model, PromptSet.of([[1, 2, 3], [4, 5, 6, 7]], answer=[8, 9], wrong=[9, 8]), **options)
-    if times is None:
-        assert len(given) >= model.spec.n_layers
-    else:
-        assert len(given) == times
-    assert set(given) <= {torch.device("cpu")}
+    ablate(model, PROMPTS, memory_bytes=4 * MIB if limited else None)
+    assert len(checks) >= model.spec.n_layers
+    for each in allowed:
+        assert (each is not None and 0 < each <= MIB) if limited else each is None

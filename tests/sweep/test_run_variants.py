@@ -1,12 +1,14 @@
 """The prefix-sharing runner against its definition: one whole forward per variant."""
 
+import weakref
+
 import pytest
 import torch
 
 from fastinterp.errors import FastinterpError, SiteRangeError
 from fastinterp.model import Edit, Taps, forward
 from fastinterp.model.prefix import prefix_tree
-from fastinterp.sweep import Variant, head_variants, run_variants, runner
+from fastinterp.sweep import Variant, Variants, head_variants, resident, run_variants, runner
 
 EXACT = 1e-11
 """Float64: what the two ways may differ by is rounding."""
@@ -316,3 +318,35 @@ def test_a_variant_without_edits_is_the_clean_run_or_is_refused(zoo):
     except FastinterpError:
         return
     assert float((got - forward(model.spec, model.weights, TOKENS)).abs().max()) < 1e-5
+
+
+def test_variants_are_made_when_they_are_asked_for(zoo, monkeypatch):
+    model = zoo.model("llama-gqa")
+    made = weakref.WeakSet()
+    most = []
+
+    def make(index):
+        layer, head = divmod(index, model.spec.n_heads)
+        variant = Variant(edits=(Edit(site="z", layer=layer, head=head),))
+        made.add(variant)
+        return variant
+
+    n_variants = model.spec.n_layers * model.spec.n_heads
+    variants = Variants(n_variants, make)
+    assert len(variants) == n_variants
+    assert variants[-1].edits[0].layer == model.spec.n_layers - 1
+    assert [variant.edits for variant in variants[1:3]] == [variant.edits for variant in list(variants)[1:3]]
+    with pytest.raises(IndexError):
+        variants[n_variants]
+    check = resident.Resident.check
+    monkeypatch.setattr(resident.Resident, "check", lambda self: most.append(len(made)) or check(self))
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    found = dict(pairs(model, tokens, variants))
+    assert 0 < max(most) < n_variants
+    for index, residual in pairs(model, tokens, list(variants)):
+        torch.testing.assert_close(found[index], residual, atol=0, rtol=0)
+
+
+def pairs(model, tokens, variants):
+    for indices, residuals in run_variants(model, tokens, variants, residual_bytes=1):
+        yield from zip(indices, residuals.clone(), strict=True)

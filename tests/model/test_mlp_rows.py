@@ -1,0 +1,75 @@
+"""An MLP that is computed some rows at a time is the same MLP."""
+
+import sys
+
+import pytest
+import torch
+
+from fastinterp.model import Capture, Taps, forward
+from fastinterp.model.forward import mlp as of_layer
+from tests.kernels.kernel_checks import allocations
+
+N_ROWS = 23
+# The package has a function of this name.
+MODULE = sys.modules["fastinterp.model.forward"]
+
+
+@pytest.fixture(params=[1, 2, 5])
+def some_rows(request, monkeypatch):
+    monkeypatch.setattr(MODULE, "MLP_ROWS", request.param)
+    return request.param
+
+
+def mlp(model, x):
+    return of_layer(model.spec, model.weights.blocks[0], 0, x)
+
+
+def normalized(model):
+    torch.manual_seed(0)
+    return torch.randn(1, N_ROWS, model.spec.d_model)
+
+
+@torch.no_grad()
+def test_the_same_numbers(zoo, tiny_name, monkeypatch):
+    model = zoo.model(tiny_name)
+    x = normalized(model)
+    expected = mlp(model, x)
+    for rows in (1, 2, 5):
+        monkeypatch.setattr(MODULE, "MLP_ROWS", rows)
+        torch.testing.assert_close(mlp(model, x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_hidden_layer_of_all_rows_is_allocated(zoo, monkeypatch):
+    model = zoo.model("llama-gqa")
+    x, hidden = normalized(model), N_ROWS * 2 * model.spec.mlp.d_mlp * 4
+    with torch.no_grad():
+        assert allocations(lambda: mlp(model, x)).largest == hidden
+        monkeypatch.setattr(MODULE, "MLP_ROWS", 2)
+        assert allocations(lambda: mlp(model, x)).largest < hidden / 2
+    assert allocations(lambda: mlp(model, x.clone().requires_grad_())).largest == hidden
+
+
+def test_what_is_tapped_has_all_rows(zoo, some_rows):
+    model = zoo.model("llama-gqa")
+    names = [Capture(name=name) for name in ("pre", "pre_linear", "post")]
+    taps = Taps.of(model.spec.n_layers, capture=names)
+    tokens = torch.arange(1, 1 + N_ROWS)[None]
+    with torch.no_grad():
+        tapped = forward(model.spec, model.weights, tokens, taps=taps)
+        torch.testing.assert_close(forward(model.spec, model.weights, tokens), tapped, atol=1e-5, rtol=1e-5)
+    assert {value.shape[1] for value in taps.values.values()} == {N_ROWS}
+
+
+def test_gradients_are_those_of_all_rows(zoo, monkeypatch):
+    model = zoo.model("llama-gqa")
+    found = []
+    for rows in (1 << 20, 2):
+        monkeypatch.setattr(MODULE, "MLP_ROWS", rows)
+        x = normalized(model).requires_grad_()
+        mlp(model, x).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
+
+
+def test_how_many_rows():
+    assert [MODULE.mlp_rows(n) for n in (1, 1024, 1025, 2048, 8000)] == [256, 256, 512, 512, 2048]
