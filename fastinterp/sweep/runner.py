@@ -34,6 +34,10 @@ from fastinterp.sweep.source import SourceRun
 from fastinterp.sweep.stack import CleanLayer, Stack
 from fastinterp.sweep.variants import Variant
 
+# Freed memory that a sweep of prompts' ends may hold. It holds more than it needs, since the clean run of whole prompts
+# leaves holes that rows of single positions do not fill; where all rows are of whole prompts they are filled again.
+_HELD_BYTES = 1 << 26
+
 
 @dataclass(frozen=True, kw_only=True)
 class Swept:
@@ -62,7 +66,6 @@ class Job:
     precision: Precision = "exact"
     step_tokens: int
     score_bytes: int
-    resident: Resident
 
     def variant(self, index: int) -> Variant:
         """Returns a variant with its layers counted from the first."""
@@ -160,15 +163,17 @@ def sweep(
         precision=precision,
         step_tokens=step_tokens(device) if memory is None else memory.step_tokens,
         score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
-        resident=Resident(model.device, None if memory is None else memory.peak_bytes // 4),
     )  # fmt: skip
     planned = [Planned.of(model, tree, n_tokens, i, job.variant(i)) for i in passing]
     planned.sort(key=lambda each: (each.first_layer, each.start or ()))
+    held: int | None = _HELD_BYTES if memory is None else memory.peak_bytes // 4
+    if memory is None and any(each.start is None for each in planned):
+        held = None
     owed = clean_first
     if residual_bytes is None:
         residual_bytes = group_bytes(device) if memory is None else memory.residual_bytes
     cut = list(groups(planned, residual_bytes))
-    progress = _Progress()
+    progress = _Progress(resident=Resident(model.device, held))
     for number, group in enumerate(cut, start=1):
         then = first_layer(cut[number]) if number < len(cut) else 0
         yield from _run_group(job, group, progress, then=then, clean_first=owed)
@@ -211,8 +216,9 @@ class _Begin:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """How far up the next pass can begin: groups come in the order of their first layers."""
+    """How far up the next pass can begin: groups come in the order of their first layers. What they leave behind."""
 
+    resident: Resident
     begin: _Begin | None = None
 
 
@@ -241,7 +247,7 @@ def _run_group(job: Job, group: list[Planned], progress: _Progress, *, then: int
 
 def _passed(job: Job, group: list[Planned], progress: _Progress, *, then: int, clean_first: bool) -> list[Swept]:
     """The results of one pass, of which nothing else stays alive but where the next one begins."""
-    one = _Pass(job, group, progress.begin)
+    one = _Pass(job, group, progress.resident, progress.begin)
     found = list(one.run(then))
     progress.begin = one.reached
     if clean_first:
@@ -269,7 +275,8 @@ def _whole_forward(job: Job, index: int, variant: Variant) -> Swept:
 class _Pass:
     """One pass over the layers for a group of variants."""
 
-    def __init__(self, job: Job, group: Sequence[Planned], begin: _Begin | None = None) -> None:
+    def __init__(self, job: Job, group: Sequence[Planned], resident: Resident, begin: _Begin | None = None) -> None:
+        self.resident = resident
         self.job, self.spec, self.weights = job, job.model.spec, clean_weights(job.model, job.precision)
         self.clean = embed(self.weights, job.tokens, tree=job.tree) if begin is None else begin.clean
         self.whole = Rows.whole(self.spec, job.tree, self.clean.dtype)
@@ -321,7 +328,7 @@ class _Pass:
                 stack.step(clean, taken, reading)
             # Not while the next layer is computed.
             del clean, taken
-            job.resident.check()
+            self.resident.check()
         while self.stacks:
             stack = self.stacks.pop(0)
             yield Swept(indices=stack.indices, resid=stack.final(job.at, self.clean), start=stack.rows.start)

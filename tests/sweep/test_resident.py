@@ -93,6 +93,7 @@ def test_when_memory_is_given_back(zoo: Any, monkeypatch: pytest.MonkeyPatch, op
 
 @glibc
 def test_what_has_grown_is_given_back_once() -> None:
+    resident.give_back(torch.device("cpu"))
     kept = resident.Resident(torch.device("cpu"), N_BLOCKS // 4 * MIB)
     process = psutil.Process()
     alive = _holes()
@@ -118,8 +119,19 @@ def test_what_need_not_be_given_back_stays(monkeypatch: pytest.MonkeyPatch, devi
     kept.check()
 
 
-@pytest.mark.parametrize("limited", [False, True])
-def test_a_limited_sweep_looks_after_every_layer(zoo: Any, monkeypatch: pytest.MonkeyPatch, limited: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        (dict(memory_bytes=4 * MIB), 1, MIB),
+        (dict(memory_bytes=4 * MIB, pos=-1), 1, MIB),
+        (dict(pos=-1), 64 * MIB, 64 * MIB),
+        (dict(), None, None),
+    ],
+    ids=["limited", "limited ends", "ends", "whole prompts"],
+)
+def test_sweeps_look_after_every_layer(
+    zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, least: int | None, most: int | None
+) -> None:
     allowed: list[int | None] = []
     checks: list[None] = []
 
@@ -134,7 +146,8 @@ def test_a_limited_sweep_looks_after_every_layer(zoo: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(runner, "Resident", Watched)
     model = zoo.model("gpt2")
-    ablate(model, PROMPTS, memory_bytes=4 * MIB if limited else None)
+    ablate(model, PromptSet.of([[1] * 6, [2] * 6], answer=[8, 9], wrong=[9, 8]), **options)
     assert len(checks) >= model.spec.n_layers
+    assert allowed
     for each in allowed:
-        assert (each is not None and 0 < each <= MIB) if limited else each is None
+        assert each is None if least is None or most is None else each is not None and least <= each <= most
