@@ -35,6 +35,7 @@ from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, Variants, check_precision
 from fastinterp.sweep.costs import Demand
 from fastinterp.sweep.memory import check_budget
+from fastinterp.sweep.resident import give_back
 
 By = Literal["layer", "position", "head", "head_position", "neuron", "head_query_key"]
 Direction = Literal["denoise", "noise"]
@@ -290,6 +291,7 @@ class ActivationPatch:
         start, values = sweep_values(
             model, base, self.metrics, variants, source.tokens, precision=self.precision, memory=memory
         )
+        give_back(model.device)
         resid = clean_run(model, source, self.metrics, self.precision).resid
         other = measure(model, source, self.metrics, resid[None], start.resid)
         dtype = torch.promote_types(model.dtype, torch.float32)

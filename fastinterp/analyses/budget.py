@@ -68,7 +68,7 @@ class MeanCost:
         n_tokens = max(min(n_tokens, self.n_prompts * self.n_pos), self.n_pos)
         captured = sum(len(layers) * self.widths.site(site) for site, layers in self.sites.items())
         widest = max(self.widths.site(site) for site in self.sites) // self.widths.itemsize
-        block = self.widths.block(n_tokens, n_tokens, self.n_pos, formed=self.widths.formed)
+        block = self.widths.block(n_tokens, n_tokens, self.n_pos, formed=self.widths.formed, by_rows=False)
         adding = n_tokens * (2 * 8 + 4) * widest
         masks = 12 * self.n_pos**2 + n_tokens * (self.widths.rope + 64)
         return self.kept + n_tokens * (captured + 2 * self.widths.d) + max(block, adding) + masks + (1 << 15)
@@ -129,7 +129,9 @@ class DirectCost:
         making = self._rows(part) * (z + rows * others) // rows + 3 * max(layer, rows * widest) + rows * 5 * d
         # Metrics of the last position have a run of their own, of all prompts.
         run = shape if self.measured.linear + self.measured.full else part
-        making += widths.block(run.nodes, run.slots, run.padded, formed=widths.formed) + (W_O if self.copies else 0)
+        making += widths.block(run.nodes, run.slots, run.padded, formed=widths.formed, by_rows=False) + (
+            W_O if self.copies else 0
+        )
         some = min(max(residual_bytes, self.unit_bytes(shape)), self.n_units * self.unit_bytes(shape))
         measuring = self._replaced(rows, z, layer) + self._kernels(rows) if self.heads else self._explicit(rows, some)
         metrics = self.measured.linear + self.measured.full + self.measured.per_token

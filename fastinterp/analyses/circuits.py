@@ -45,6 +45,7 @@ from fastinterp.prompts import Batch, PromptSet, TokenizedPrompts
 from fastinterp.sweep import PRECISIONS, Precision, Variant, check_precision
 from fastinterp.sweep.costs import Demand
 from fastinterp.sweep.memory import check_budget
+from fastinterp.sweep.resident import give_back
 
 Among = Literal["heads", "mlps", "heads and mlps"]
 
@@ -306,6 +307,7 @@ class Circuit:
         clean, values = sweep_values(
             model, batch, [self.metric], variants, source, precision=self.precision, memory=memory
         )
+        give_back(model.device)
         out = clean.values[name].expand(len(sets), -1).clone()
         out[[i for i, _ in edited]] = values[name]
         return {

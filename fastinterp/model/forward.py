@@ -53,9 +53,11 @@ MLP_ROWS = 256
 def mlp_rows(n_rows: int) -> int:
     """How many of the rows of an MLP are computed at a time on a CPU: a quarter, in multiples of ``MLP_ROWS``.
 
-    As fast as all at once; much fewer are slower.
+    As fast as all at once; much fewer are slower. One more where a single row would be left: by itself a product sums
+    it in another order.
     """
-    return -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
+    some = -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
+    return some + 1 if n_rows > some and n_rows % some == 1 else some
 
 
 def forward(
@@ -294,18 +296,31 @@ def mlp(
 ) -> Float[Tensor, "*rows d_model"]:
     """Returns the MLP's output for a normalised residual.
 
-    Memory: ``d_mlp`` for ``mlp_rows`` rows at a time on a CPU, where nobody taps it or asks for gradients.
+    Memory: ``d_mlp`` for ``mlp_rows`` rows at a time on a CPU, under ``torch.no_grad()`` and where nobody taps it.
     """
+    if not _by_rows(w, x, taps, layer):
+        hidden = w.products("W_gate_in", x, w.W_gate_in, w.b_gate_in)
+        if spec.mlp.kind == "plain":
+            post = activate(spec.mlp.activation, taps("pre", layer, hidden))
+        else:
+            gate, linear = hidden.chunk(2, dim=-1)
+            gate = activate(spec.mlp.activation, taps("pre", layer, gate))
+            post = gate * taps("pre_linear", layer, linear)
+            del gate, linear, hidden
+        return w.products("W_out", taps("post", layer, post), w.W_out, w.b_out)
     n_rows = x.shape[:-1].numel()
     some = mlp_rows(n_rows)
-    if n_rows <= some or not _by_rows(w, x, taps, layer):
-        return _mlp(spec, w, layer, x, taps)
-    pieces = [_mlp(spec, w, layer, rows, taps) for rows in x.reshape(n_rows, -1).split(some)]
-    return torch.cat(pieces).view(*x.shape[:-1], -1)
+    if n_rows <= some:
+        return _mlp_of_some(spec, w, x)
+    rows = x.reshape(n_rows, -1)
+    out = torch.empty_like(rows)
+    for first in range(0, n_rows, some):
+        out[first : first + some] = _mlp_of_some(spec, w, rows[first : first + some])
+    return out.view_as(x)
 
 
 def _by_rows(w: BlockWeights, x: Tensor, taps: Taps, layer: int) -> bool:
-    """Whether the rows of an MLP can be computed some at a time."""
+    """Whether the rows of an MLP can be computed some at a time, and its hidden layer be overwritten."""
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
@@ -314,22 +329,21 @@ def _by_rows(w: BlockWeights, x: Tensor, taps: Taps, layer: int) -> bool:
     )
 
 
-def _mlp(
-    spec: ModelSpec, w: BlockWeights, layer: int, x: Float[Tensor, "*rows d_model"], taps: Taps
-) -> Float[Tensor, "*rows d_model"]:
+def _mlp_of_some(spec: ModelSpec, w: BlockWeights, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
     hidden = w.products("W_gate_in", x, w.W_gate_in, w.b_gate_in)
     if spec.mlp.kind == "plain":
-        post = activate(spec.mlp.activation, taps("pre", layer, hidden))
+        hidden = activate(spec.mlp.activation, hidden, inplace=True)
     else:
         gate, linear = hidden.chunk(2, dim=-1)
-        gate = activate(spec.mlp.activation, taps("pre", layer, gate))
-        post = gate * taps("pre_linear", layer, linear)
-        del gate, linear, hidden
-    return w.products("W_out", taps("post", layer, post), w.W_out, w.b_out)
+        hidden = activate(spec.mlp.activation, gate, inplace=True) * linear
+        del gate, linear
+    return w.products("W_out", hidden, w.W_out, w.b_out)
 
 
-def activate(activation: Activation, x: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_mlp"]:
-    """The MLP's nonlinearity."""
+def activate(
+    activation: Activation, x: Float[Tensor, "*rows d_mlp"], *, inplace: bool = False
+) -> Float[Tensor, "*rows d_mlp"]:
+    """The MLP's nonlinearity; with ``inplace``, ``x`` may be overwritten."""
     match activation:
         case "gelu":
             return F.gelu(x)
@@ -338,9 +352,9 @@ def activate(activation: Activation, x: Float[Tensor, "*rows d_mlp"]) -> Float[T
         case "gelu_quick":
             return x * torch.sigmoid(1.702 * x)
         case "relu":
-            return F.relu(x)
+            return F.relu(x, inplace=inplace)
         case "silu":
-            return F.silu(x)
+            return F.silu(x, inplace=inplace)
 
 
 def final_logits(

@@ -95,8 +95,9 @@ class Swift(Exact):
             return affine(x, W, b)
         rows = x.reshape(n_rows, -1)
         pieces = _pieces(n_rows, *W.shape)
-        if pieces == [n_rows]:
-            return _onednn(rows, W, b).view(*x.shape[:-1], -1)
+        if len(pieces) == 1:
+            full = F.pad(rows, (0, 0, 0, pieces[0] - n_rows)) if pieces[0] > n_rows else rows
+            return _onednn(full, W, b)[:n_rows].view(*x.shape[:-1], -1)
         y = rows.new_empty(n_rows, W.shape[1])
         first = 0
         for size in pieces:

@@ -238,9 +238,8 @@ class Cost:
     def _clean(self) -> int:
         widths, shape = self.widths, self.shape
         rounded = "exact" if self.demand.precision == "delta" else self.demand.precision
-        return widths.block(
-            shape.nodes, shape.slots, shape.padded, formed=widths.formed, by_rows=self._by_rows
-        ) + widths.products(shape.nodes, rounded)
+        block = self._block(shape.nodes, shape.slots, shape.padded, formed=widths.formed)
+        return block + widths.products(shape.nodes, rounded)
 
     def _source(self) -> int:
         if not self.demand.source:
@@ -266,13 +265,7 @@ class Cost:
         if self.whole:
             tokens = min(max(plan.step_tokens, shape.nodes), n_variants * shape.nodes)
             slots = min(max(2 * plan.step_tokens, shape.slots), n_variants * shape.slots)
-            found.append(
-                (
-                    tokens,
-                    shape.nodes,
-                    widths.block(tokens, slots, shape.padded, formed=widths.formed, by_rows=self._by_rows),
-                )
-            )
+            found.append((tokens, shape.nodes, self._block(tokens, slots, shape.padded, formed=widths.formed)))
         if self.ends is not None:
             one = shape.n_prompts * self.ends
             tokens = min(max(plan.step_tokens, one), n_variants * one)
@@ -288,7 +281,7 @@ class Cost:
         """One variant that leaves the clean run."""
         shape, widths, sites = self.shape, self.widths, self.demand.sites
         rows = shape.nodes
-        found = rows * (self._captured() + 4 * self._edited() + 4 * widths.d)
+        found = rows * (self._captured() + 2 * self._edited() + 4 * widths.d)
         if widths.spec.post_norms:
             found += rows * 2 * widths.norm
         if sites & ATTENTION:

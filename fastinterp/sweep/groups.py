@@ -28,9 +28,15 @@ class Planned:
 
     @classmethod
     def of(
-        cls, model: Model, tree: PrefixTree, n_tokens: Int[Tensor, " batch"], index: int, variant: Variant
+        cls,
+        model: Model,
+        tree: PrefixTree,
+        n_tokens: Int[Tensor, " batch"],
+        index: int,
+        variant: Variant,
+        starts: dict[tuple[int, ...], tuple[int, ...]],
     ) -> "Planned":
-        """Decides whether only the ends of the prompts are computed for a variant."""
+        """Decides whether only the ends of the prompts are computed for a variant; equal ``starts`` are one object."""
         each = model.spec.d_model * model.weights.W_E.element_size()
         start: tuple[int, ...] | None = None
         rows = max(tree.n_nodes, tree.node.numel())
@@ -39,6 +45,7 @@ class Planned:
             width = int((n_tokens - begins).max())
             if len(begins) * width < _ENDS_SHARE * tree.n_nodes:
                 start, rows = tuple(begins.tolist()), len(begins) * width
+                start = starts.setdefault(start, start)
         return cls(index=index, first_layer=variant.first_layer, start=start, n_bytes=rows * each)
 
 

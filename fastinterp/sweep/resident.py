@@ -1,6 +1,7 @@
 """Resident memory: what this process has freed, given back to the system."""
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -44,17 +45,28 @@ class Resident:
         """Counts from here."""
         self._device = device
         self._allowed_bytes = allowed_bytes if device.type == "cpu" and _trim() is not None else None
-        self._most = 0 if self._allowed_bytes is None else _resident_bytes() + self._allowed_bytes
+        self._most = math.inf
+        self._count()
 
     def check(self) -> None:
         """To be called where little is allocated."""
-        if self._allowed_bytes is None or _resident_bytes() <= self._most:
+        if self._allowed_bytes is None or (_resident_bytes() or 0) <= self._most:
             return
         give_back(self._device)
-        self._most = _resident_bytes() + self._allowed_bytes
+        self._count()
+
+    def _count(self) -> None:
+        now = None if self._allowed_bytes is None else _resident_bytes()
+        if now is None or self._allowed_bytes is None:
+            self._allowed_bytes = None
+        else:
+            self._most = now + self._allowed_bytes
 
 
-def _resident_bytes() -> int:
-    """What is resident of this process, on a Linux system."""
-    pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+def _resident_bytes() -> int | None:
+    """What is resident of this process, on a Linux system; None where it does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    except OSError:
+        return None
     return pages * os.sysconf("SC_PAGE_SIZE")

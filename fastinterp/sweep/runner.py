@@ -164,7 +164,8 @@ def sweep(
         step_tokens=step_tokens(device) if memory is None else memory.step_tokens,
         score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
     )  # fmt: skip
-    planned = [Planned.of(model, tree, n_tokens, i, job.variant(i)) for i in passing]
+    starts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    planned = [Planned.of(model, tree, n_tokens, i, job.variant(i), starts) for i in passing]
     planned.sort(key=lambda each: (each.first_layer, each.start or ()))
     held: int | None = _HELD_BYTES if memory is None else memory.peak_bytes // 4
     if memory is None and any(each.start is None for each in planned):

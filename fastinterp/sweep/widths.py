@@ -112,22 +112,27 @@ class Widths:
         ``by_rows``: of the hidden layer, ``mlp_rows`` rows at a time.
         """
         written = 2 * self.d + (self.norm if self.spec.post_norms else 0)
-        acted = self.post * (3 if self.spec.mlp.activation == "gelu_quick" else 2)
+        activation = self.spec.mlp.activation
         if not by_rows:
+            acted = self.post * (3 if activation == "gelu_quick" else 2)
             return tokens * (self.norm + self.hidden + max(acted, written + self.post))
-        some = min(tokens, mlp_rows(tokens)) * (self.hidden + max(acted, self.post + self.d))
-        return tokens * (self.norm + written + self.d) + some
+        # The first product; what is activated, where it cannot be the same tensor; that times the other half.
+        acted = self.hidden + self.post * {"silu": 0, "relu": 0, "gelu_quick": 3}.get(activation, 1)
+        if self.spec.mlp.kind == "gated":
+            acted += self.post
+        some = min(tokens, mlp_rows(tokens) + 1) * max(acted, self.post + self.d)
+        return tokens * self.norm + max(tokens * self.d + some, tokens * written)
 
-    def block(self, tokens: int, slots: int, n_keys: int, *, formed: bool = False, by_rows: bool = False) -> int:
+    def block(self, tokens: int, slots: int, n_keys: int, *, formed: bool, by_rows: bool) -> int:
         """A whole block of ``tokens`` packed tokens that attention spreads over ``slots``."""
         return max(self.attention(tokens, slots, n_keys, formed=formed), self._kept(tokens, by_rows=by_rows))
 
     def _kept(self, tokens: int, *, by_rows: bool) -> int:
         """The MLP, and what is kept of the attention meanwhile."""
-        kept = 2 * self.d + (self.norm if self.spec.post_norms else 0)
+        kept = (1 if by_rows else 2) * self.d + (self.norm if self.spec.post_norms else 0)
         return tokens * kept + self.mlp(tokens, by_rows=by_rows)
 
-    def ends(self, rows: int, slots: int, scores: int, *, by_rows: bool = False) -> int:
+    def ends(self, rows: int, slots: int, scores: int, *, by_rows: bool) -> int:
         """A block of prompts' ends, whose attention forms scores of ``scores`` bytes; keys are spread for it."""
         attention = rows * (self.norm + self.qkv + self._turned + self.qkv + 5 * self.z) + 4 * scores
         return 2 * slots * self.kv + max(attention, self._kept(rows, by_rows=by_rows))

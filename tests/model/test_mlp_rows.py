@@ -1,10 +1,12 @@
 """An MLP that is computed some rows at a time is the same MLP."""
 
 import sys
+import weakref
 
 import pytest
 import torch
 
+from fastinterp import load
 from fastinterp.model import Capture, Taps, forward
 from fastinterp.model.forward import mlp as of_layer
 from tests.kernels.kernel_checks import allocations
@@ -72,4 +74,52 @@ def test_gradients_are_those_of_all_rows(zoo, monkeypatch):
 
 
 def test_how_many_rows():
-    assert [MODULE.mlp_rows(n) for n in (1, 1024, 1025, 2048, 8000)] == [256, 256, 512, 512, 2048]
+    assert [MODULE.mlp_rows(n) for n in (1, 257, 1024, 1025, 2048, 8000)] == [256, 257, 256, 513, 512, 2048]
+
+
+def test_no_row_is_left_by_itself():
+    for n_rows in range(2, 20_000):
+        assert n_rows % MODULE.mlp_rows(n_rows) != 1
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_the_pieces(tiny_builders):
+    model = load(tiny_builders["gpt2"](n_layer=1, n_embd=64, n_head=4), device="cpu")
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    expected = mlp(model, x)
+    for n_rows in (257, 258, 272, 299):
+        assert torch.equal(mlp(model, x[:n_rows]), expected[:n_rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_only_the_hidden_layer_is_overwritten(zoo, name):
+    model = zoo.model(name)
+    x = normalized(model)
+    before = x.clone()
+    first = mlp(model, x)
+    kept = first.clone()
+    assert torch.equal(mlp(model, x), kept)
+    assert torch.equal(x, before)
+    assert torch.equal(first, kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_what_attention_read_is_freed_before(zoo, name, monkeypatch):
+    model = zoo.model(name)
+    attended, alive = [], []
+    attend, some = MODULE.attend, MODULE.mlp
+
+    def watched(spec, layer, q, k, v, frame, taps):
+        attended[:] = map(weakref.ref, (q, k, v))
+        return attend(spec, layer, q, k, v, frame, taps)
+
+    def looked(*args):
+        alive.append([made() is not None for made in attended])
+        return some(*args)
+
+    monkeypatch.setattr(MODULE, "attend", watched)
+    monkeypatch.setattr(MODULE, "mlp", looked)
+    forward(model.spec, model.weights, torch.arange(1, 8)[None])
+    assert alive == [[False] * 3] * model.spec.n_layers

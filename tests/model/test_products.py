@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from fastinterp.model import products
 from fastinterp.model.products import EXACT, STEADY_ROWS, SWIFT
+from tests.kernels.kernel_checks import allocations
 
 N_IN, N_OUT = 320, 448
 
@@ -96,6 +97,18 @@ def test_shapes_are_few(drawn, calls, monkeypatch):
     swift(x, W.flip(1)[:, :440].contiguous(), None)
     swift(x, W, b)
     assert calls == [256, 256, 64, 16, 16, 600], "only the shapes that are known, of another matrix none"
+
+
+@onednn
+@torch.no_grad()
+def test_a_few_rows_have_one_copy(drawn, calls):
+    x, W, b = drawn
+    few = x[:15].contiguous()
+    swift(few, W, b)
+    seen = allocations(lambda: swift(few, W, b))
+    assert seen.peak <= 16 * (N_IN + N_OUT) * 4 + 1024
+    assert torch.equal(swift(few, W, b), swift(x, W, b)[:15])
+    assert calls == [16, 16, 16, 300]
 
 
 @onednn

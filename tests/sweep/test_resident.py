@@ -2,13 +2,14 @@
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from fastinterp import ablate
+from fastinterp import ablate, activation_patch, circuit
 from fastinterp.prompts import PromptSet
 from fastinterp.sweep import resident, runner
 
@@ -85,10 +86,22 @@ def test_other_systems_are_not_asked(monkeypatch: pytest.MonkeyPatch, platform: 
 )
 def test_when_memory_is_given_back(zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, times: int) -> None:
     given: list[torch.device] = []
-    for module in ("analyses.ablation", "analyses.replacements", "analyses.written"):
-        monkeypatch.setattr(f"fastinterp.{module}.give_back", given.append)
+    for module in ("ablation", "replacements", "written"):
+        monkeypatch.setattr(f"fastinterp.analyses.{module}.give_back", given.append)
     ablate(zoo.model("gpt2"), PROMPTS, **options)
     assert given == [torch.device("cpu")] * times
+
+
+@pytest.mark.parametrize("analysis", ["activation_patching", "circuits"])
+def test_memory_is_given_back_after_every_batch(zoo: Any, monkeypatch: pytest.MonkeyPatch, analysis: str) -> None:
+    given: list[torch.device] = []
+    monkeypatch.setattr(f"fastinterp.analyses.{analysis}.give_back", given.append)
+    pairs = PromptSet.of([[1, 2, 3]] * 3, corrupt=[[1, 5, 3]] * 3, answer=[8] * 3, wrong=[9] * 3)
+    if analysis == "circuits":
+        circuit(zoo.model("gpt2"), pairs, [(0, 1)], mode="resample")
+    else:
+        activation_patch(zoo.model("gpt2"), pairs, "z")
+    assert given == [torch.device("cpu")]
 
 
 @glibc
@@ -117,6 +130,20 @@ def test_what_need_not_be_given_back_stays(monkeypatch: pytest.MonkeyPatch, devi
     kept = resident.Resident(torch.device(device), allowed)
     assert len(_holes()) == N_BLOCKS // 2
     kept.check()
+
+
+@glibc
+def test_nothing_is_given_back_where_the_system_does_not_say_what_is_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> bytes:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(resident, "give_back", lambda device: pytest.fail("given back"))
+    before = resident.Resident(torch.device("cpu"), 0)
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    alive = _holes()
+    before.check()
+    resident.Resident(torch.device("cpu"), 0).check()
+    assert len(alive) == N_BLOCKS // 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from fastinterp.errors import FastinterpError, SiteRangeError
 from fastinterp.model import Edit, Taps, forward
 from fastinterp.model.prefix import prefix_tree
 from fastinterp.sweep import Variant, Variants, head_variants, resident, run_variants, runner
+from fastinterp.sweep.groups import Planned
 
 EXACT = 1e-11
 """Float64: what the two ways may differ by is rounding."""
@@ -350,3 +351,14 @@ def test_variants_are_made_when_they_are_asked_for(zoo, monkeypatch):
 def pairs(model, tokens, variants):
     for indices, residuals in run_variants(model, tokens, variants, residual_bytes=1):
         yield from zip(indices, residuals.clone(), strict=True)
+
+
+def test_variants_that_begin_at_the_same_positions_share_them(zoo, tokens, n_tokens):
+    model = zoo.model("gpt2")
+    last = torch.arange(tokens.shape[1]) == n_tokens[:, None] - 1
+    at_last = Variant(edits=(Edit(site="z", layer=0, head=0, positions=last),))
+    tree, starts = prefix_tree(tokens, n_tokens), {}
+    planned = [Planned.of(model, tree, n_tokens, i, at_last, starts) for i in range(2)]
+    assert planned[0].start is not None
+    assert planned[0].start is planned[1].start
+    assert list(starts) == [planned[0].start]
