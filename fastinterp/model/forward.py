@@ -48,15 +48,18 @@ HIDDEN = frozenset({"pre", "pre_linear", "post"})
 """Sites of the hidden layer of an MLP."""
 
 MLP_ROWS = 256
+_FEW_ROWS = 16
+_FEWEST_ROWS = 8
 
 
 def mlp_rows(n_rows: int) -> int:
     """How many of the rows of an MLP are computed at a time on a CPU: a quarter, in multiples of ``MLP_ROWS``.
 
-    As fast as all at once; much fewer are slower. One more where a single row would be left: by itself a product sums
-    it in another order.
+    As fast as all at once; much fewer are slower. But 8 of up to 16, which is as fast too: a run in so little memory
+    has little beside its hidden layer. One more where a single row would be left: by itself a product sums it in
+    another order.
     """
-    some = -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
+    some = _FEWEST_ROWS if n_rows <= _FEW_ROWS else -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
     return some + 1 if n_rows > some and n_rows % some == 1 else some
 
 

@@ -128,26 +128,30 @@ _ONEDNN_NUMBERS = 1 << 17
 _MOST_SHAPES = 64
 _WHOLE_ROWS = 128
 _PIECES = (256, 64, 16)
+_LAST_PIECE = 8
 _known: set[tuple[int, int, int]] = set()
 
 
 def _pieces(n_rows: int, n_in: int, n_out: int) -> list[int]:
     """Returns how many rows go through one product each, the last one perhaps filled up with zeros.
 
-    Few rows go 16 at a time, so that sweeps in little memory, whose steps are of many sizes, have one shape; more go as
-    they are until ``_MOST_SHAPES`` are known in this process, and then in pieces too.
+    Few rows go 16 at a time, so that sweeps in little memory, whose steps are of many sizes, have two shapes; more go
+    as they are until ``_MOST_SHAPES`` are known in this process, and then in pieces too.
     """
-    if n_rows < _WHOLE_ROWS:
-        return [_PIECES[-1]] * -(-n_rows // _PIECES[-1])
-    shape = n_rows, n_in, n_out
-    if shape in _known or len(_known) < _MOST_SHAPES:
-        _known.add(shape)
-        return [n_rows]
+    sizes = _PIECES[-1:]
+    if n_rows >= _WHOLE_ROWS:
+        shape = n_rows, n_in, n_out
+        if shape in _known or len(_known) < _MOST_SHAPES:
+            _known.add(shape)
+            return [n_rows]
+        sizes = _PIECES
     found, rest = [], n_rows
-    for size in _PIECES:
+    for size in sizes:
         found += [size] * (rest // size)
         rest %= size
-    return [*found, _PIECES[-1]] if rest else found
+    if rest:
+        found.append(_LAST_PIECE if rest <= _LAST_PIECE else _PIECES[-1])
+    return found
 
 
 def _onednn(x: Float[Tensor, "row n_in"], W: Float[Tensor, "n_in n_out"], b: Tensor | None) -> Tensor:

@@ -242,7 +242,9 @@ class Entrance:
 
 def _change_of_heads(w: BlockWeights, edited: Tensor, z: Tensor, heads: set[int]) -> Float[Tensor, "1 row d_model"]:
     chosen = sorted(heads)
-    return affine((edited[..., chosen, :] - z[..., chosen, :]).flatten(-2), w.W_O[chosen].flatten(0, 1), None)
+    # Of one head no copy.
+    W_O = w.W_O[chosen[0]] if len(chosen) == 1 else w.W_O[chosen].flatten(0, 1)
+    return affine((edited[..., chosen, :] - z[..., chosen, :]).flatten(-2), W_O, None)
 
 
 def _renumbered(edit: Edit, heads: Sequence[int], kv_heads: Sequence[int], spec: ModelSpec) -> Edit:

@@ -167,7 +167,7 @@ def sweep(
     starts: dict[tuple[int, ...], tuple[int, ...]] = {}
     planned = [Planned.of(model, tree, n_tokens, i, job.variant(i), starts) for i in passing]
     planned.sort(key=lambda each: (each.first_layer, each.start or ()))
-    held: int | None = _HELD_BYTES if memory is None else memory.peak_bytes // 4
+    held: int | None = _HELD_BYTES if memory is None else memory.peak_bytes // 8
     if memory is None and any(each.start is None for each in planned):
         held = None
     owed = clean_first

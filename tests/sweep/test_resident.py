@@ -149,8 +149,8 @@ def test_nothing_is_given_back_where_the_system_does_not_say_what_is_resident(mo
 @pytest.mark.parametrize(
     ("options", "least", "most"),
     [
-        (dict(memory_bytes=4 * MIB), 1, MIB),
-        (dict(memory_bytes=4 * MIB, pos=-1), 1, MIB),
+        (dict(memory_bytes=4 * MIB), 1, MIB // 2),
+        (dict(memory_bytes=4 * MIB, pos=-1), 1, MIB // 2),
         (dict(pos=-1), 64 * MIB, 64 * MIB),
         (dict(), None, None),
     ],
