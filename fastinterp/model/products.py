@@ -138,7 +138,7 @@ def _pieces(n_rows: int, n_in: int, n_out: int) -> list[int]:
     Few rows go 16 at a time, so that sweeps in little memory, whose steps are of many sizes, have two shapes; more go
     as they are until ``_MOST_SHAPES`` are known in this process, and then in pieces too.
     """
-    sizes = _PIECES[-1:]
+    sizes: tuple[int, ...] = _PIECES[-1:]
     if n_rows >= _WHOLE_ROWS:
         shape = n_rows, n_in, n_out
         if shape in _known or len(_known) < _MOST_SHAPES:
