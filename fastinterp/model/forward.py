@@ -18,7 +18,7 @@ from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.norms import tapped_norm
 from fastinterp.model.prefix import PrefixTree, prefix_tree
-from fastinterp.model.products import Exact, affine
+from fastinterp.model.products import FEW_ROWS, STEADY_ROWS, Exact, affine
 from fastinterp.model.spec import Activation, ModelSpec
 from fastinterp.model.weights import BlockWeights, NormWeights, Weights
 
@@ -48,18 +48,18 @@ HIDDEN = frozenset({"pre", "pre_linear", "post"})
 """Sites of the hidden layer of an MLP."""
 
 MLP_ROWS = 256
-_FEW_ROWS = 16
-_FEWEST_ROWS = 8
 
 
 def mlp_rows(n_rows: int) -> int:
     """How many of the rows of an MLP are computed at a time on a CPU: a quarter, in multiples of ``MLP_ROWS``.
 
     As fast as all at once; much fewer are slower. But 8 of up to 16, which is as fast too: a run in so little memory
-    has little beside its hidden layer. One more where a single row would be left: by itself a product sums it in
-    another order.
+    has little beside its hidden layer. Never so that a single row is left: by itself a product sums it in another
+    order. So of 9 rows 5, and of more one more.
     """
-    some = _FEWEST_ROWS if n_rows <= _FEW_ROWS else -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
+    if n_rows <= FEW_ROWS:
+        return 5 if n_rows == STEADY_ROWS + 1 else STEADY_ROWS
+    some = -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
     return some + 1 if n_rows > some and n_rows % some == 1 else some
 
 
@@ -316,10 +316,14 @@ def mlp(
     if n_rows <= some:
         return _mlp_of_some(spec, w, x)
     rows = x.reshape(n_rows, -1)
-    out = torch.empty_like(rows)
-    for first in range(0, n_rows, some):
+    # Not like the rows: autocast decides the dtype, and vmap whether there is one output or many.
+    piece = _mlp_of_some(spec, w, rows[:some])
+    out = piece.new_empty(n_rows, piece.shape[-1])
+    out[:some] = piece
+    del piece
+    for first in range(some, n_rows, some):
         out[first : first + some] = _mlp_of_some(spec, w, rows[first : first + some])
-    return out.view_as(x)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _by_rows(w: BlockWeights, x: Tensor, taps: Taps, layer: int) -> bool:

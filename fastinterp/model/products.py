@@ -17,6 +17,10 @@ from fastinterp_kernels.delta_product import delta_product, rounded_product
 Product = Literal["W_QKV", "W_O", "W_gate_in", "W_out"]
 
 STEADY_ROWS = 8
+"""Rows that a product on a CPU has at least, with rows of zeros."""
+
+FEW_ROWS = 16
+"""Rows that a piece of a product has at most, where there are few of them."""
 
 
 @runtime_checkable
@@ -127,16 +131,16 @@ _ONEDNN_NUMBERS = 1 << 17
 # Code of about 0.65 MB per shape is kept for the life of the process, which no plan of memory knows of.
 _MOST_SHAPES = 64
 _WHOLE_ROWS = 128
-_PIECES = (256, 64, 16)
-_LAST_PIECE = 8
+_PIECES = (256, 64, FEW_ROWS)
 _known: set[tuple[int, int, int]] = set()
 
 
 def _pieces(n_rows: int, n_in: int, n_out: int) -> list[int]:
     """Returns how many rows go through one product each, the last one perhaps filled up with zeros.
 
-    Few rows go 16 at a time, so that sweeps in little memory, whose steps are of many sizes, have two shapes; more go
-    as they are until ``_MOST_SHAPES`` are known in this process, and then in pieces too.
+    Few rows go 16 at a time and the last ones 8 where they are no more, so that sweeps in little memory, whose steps
+    are of many sizes, have two shapes; more go as they are until ``_MOST_SHAPES`` are known in this process, and then
+    in pieces too.
     """
     sizes: tuple[int, ...] = _PIECES[-1:]
     if n_rows >= _WHOLE_ROWS:
@@ -150,8 +154,15 @@ def _pieces(n_rows: int, n_in: int, n_out: int) -> list[int]:
         found += [size] * (rest // size)
         rest %= size
     if rest:
-        found.append(_LAST_PIECE if rest <= _LAST_PIECE else _PIECES[-1])
+        found.append(STEADY_ROWS if rest <= STEADY_ROWS else _PIECES[-1])
     return found
+
+
+def piece_rows(n_rows: int) -> int:
+    """The most rows of a product that are multiplied beside others, 0 where all go together."""
+    if n_rows <= FEW_ROWS:
+        return 0
+    return FEW_ROWS if n_rows < _WHOLE_ROWS else next(size for size in _PIECES if size < n_rows)
 
 
 def _onednn(x: Float[Tensor, "row n_in"], W: Float[Tensor, "n_in n_out"], b: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from fastinterp.model.forward import HIDDEN
 from fastinterp.model.prefix import POSITIONS_MULTIPLE
+from fastinterp.sweep.entering import NEURONS_AT_ONCE
 from fastinterp.sweep.precision import Precision
 from fastinterp.sweep.variants import ATTENTION
 from fastinterp.sweep.widths import Widths
@@ -280,8 +281,10 @@ class Cost:
     def _enter(self) -> int:
         """One variant that leaves the clean run."""
         shape, widths, sites = self.shape, self.widths, self.demand.sites
-        rows = shape.nodes
+        rows = widths.filled_up(shape.nodes)
         found = rows * (self._captured() + 2 * self._edited() + 4 * widths.d)
+        if "post" in sites:
+            found += (NEURONS_AT_ONCE if self.demand.several else 1) * widths.d
         if widths.spec.post_norms:
             found += rows * 2 * widths.norm
         if sites & ATTENTION:

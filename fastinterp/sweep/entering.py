@@ -28,6 +28,9 @@ from fastinterp.sweep.rows import Rows
 from fastinterp.sweep.taps import stack_edits
 from fastinterp.sweep.variants import ATTENTION, INPUTS, Variant
 
+NEURONS_AT_ONCE = 64
+"""Rows of ``W_out`` that are copied together."""
+
 
 def captured_for(spec: ModelSpec, variant: Variant) -> set[str]:
     """Returns the activations of the clean run, in its first edited layer, that a variant is made from."""
@@ -237,14 +240,18 @@ class Entrance:
             for edit in chosen
             if edit.neuron is not None
         ]
-        return (self._made("post", moved, some) - some) @ self.w.W_out[neurons]
+        change = self._made("post", moved, some) - some
+        parts = [slice(first, first + NEURONS_AT_ONCE) for first in range(0, len(neurons), NEURONS_AT_ONCE)]
+        written = change[..., parts[0]] @ self.w.W_out[neurons[parts[0]]]
+        for part in parts[1:]:
+            written += change[..., part] @ self.w.W_out[neurons[part]]
+        return written
 
 
 def _change_of_heads(w: BlockWeights, edited: Tensor, z: Tensor, heads: set[int]) -> Float[Tensor, "1 row d_model"]:
-    chosen = sorted(heads)
-    # Of one head no copy.
-    W_O = w.W_O[chosen[0]] if len(chosen) == 1 else w.W_O[chosen].flatten(0, 1)
-    return affine((edited[..., chosen, :] - z[..., chosen, :]).flatten(-2), W_O, None)
+    """``(edited - z) @ W_O`` from the first to the last of the heads, so that no part of ``W_O`` is copied."""
+    some = slice(min(heads), max(heads) + 1)
+    return affine((edited[..., some, :] - z[..., some, :]).flatten(-2), w.W_O[some].flatten(0, 1), None)
 
 
 def _renumbered(edit: Edit, heads: Sequence[int], kv_heads: Sequence[int], spec: ModelSpec) -> Edit:

@@ -38,7 +38,8 @@ class SweepMemory:
 
     ``residual_bytes``: the residuals of one group of variants; ``step_tokens``: tokens that go through a block
     together; ``score_bytes``: attention scores of prompts' ends formed at a time; ``slice_variants``: variants that are
-    measured together. ``peak_bytes`` is the estimate of all that is allocated beyond the weights, an upper bound.
+    measured together. ``peak_bytes`` is the estimate of all that is allocated beyond the weights, an upper bound;
+    ``held_bytes`` is the freed memory that may be resident beside it, None where there is no limit.
     """
 
     residual_bytes: int
@@ -47,6 +48,7 @@ class SweepMemory:
     slice_variants: int
     group_variants: int
     peak_bytes: int
+    held_bytes: int | None = None
 
 
 def plan_memory(widths: Widths, demand: Demand, shape: BatchShape, *, budget: int | None) -> SweepMemory:
@@ -62,12 +64,19 @@ def plan_memory(widths: Widths, demand: Demand, shape: BatchShape, *, budget: in
     largest = _largest(cost)
     if budget is None:
         return replace(largest, peak_bytes=cost.peak(largest))
+    plan = _fitting(cost, largest, budget)
+    # What the plan leaves of the limit; where that is little, an eighth of the plan, since looking for it takes time.
+    return replace(plan, held_bytes=max(budget - plan.peak_bytes, plan.peak_bytes // 8))
+
+
+def _fitting(cost: Cost, largest: SweepMemory, budget: int) -> SweepMemory:
     for wanted in sorted({min(_WANTED_GROUP, largest.group_variants), 1}, reverse=True):
         for shift in range(12):
             some = _shrunk(largest, shift, wanted)
             if cost.peak(some) <= budget:
                 return _filled(cost, some, largest.group_variants, budget)
-    least = least_plan(widths, demand, shape)
+    shape = cost.shape
+    least = least_plan(cost.widths, cost.demand, shape)
     if least.peak_bytes <= budget:
         return least
     raise OptionError(not_enough(budget, least.peak_bytes, shape.n_prompts, shape.n_pos))

@@ -167,7 +167,7 @@ def sweep(
     starts: dict[tuple[int, ...], tuple[int, ...]] = {}
     planned = [Planned.of(model, tree, n_tokens, i, job.variant(i), starts) for i in passing]
     planned.sort(key=lambda each: (each.first_layer, each.start or ()))
-    held: int | None = _HELD_BYTES if memory is None else memory.peak_bytes // 8
+    held = _HELD_BYTES if memory is None else memory.held_bytes
     if memory is None and any(each.start is None for each in planned):
         held = None
     owed = clean_first

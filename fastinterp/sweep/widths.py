@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fastinterp.model.forward import mlp_rows
+from fastinterp.model.products import FEW_ROWS, STEADY_ROWS, piece_rows
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation
 from fastinterp.sweep.precision import Precision
@@ -90,9 +91,14 @@ class Widths:
         grouped = self.device_type == "cuda" and self.itemsize >= 4 and self.spec.attention.group > 1
         return self.spec.attention.softcap is not None or grouped
 
+    def filled_up(self, rows: int) -> int:
+        """Rows of what a product of so many gives on a CPU: few are multiplied together with rows of zeros."""
+        filled = STEADY_ROWS if rows <= STEADY_ROWS else FEW_ROWS
+        return rows if self.device_type != "cpu" else max(rows, filled)
+
     def attention(self, tokens: int, slots: int, n_keys: int, *, formed: bool) -> int:
         """From the residual to ``z`` spread over the slots, for all heads."""
-        turned = self._turned
+        tokens, turned = self.filled_up(tokens), self._turned
         mixed = self.qkv + 2 * self.z
         scores = 4 * self.scores * n_keys if formed else 0
         windowed = any(w is not None and w < n_keys for w in self.spec.attention.window)
@@ -120,8 +126,12 @@ class Widths:
         acted = self.hidden + self.post * {"silu": 0, "relu": 0, "gelu_quick": 3}.get(activation, 1)
         if self.spec.mlp.kind == "gated":
             acted += self.post
-        some = min(tokens, mlp_rows(tokens) + 1) * max(acted, self.post + self.d)
-        return tokens * self.norm + max(tokens * self.d + some, tokens * written)
+        some = self.filled_up(min(tokens, mlp_rows(tokens) + (tokens > FEW_ROWS)))
+        # A product in pieces has one of them beside all rows, and the last of them is copied to be filled up.
+        piece, copied = piece_rows(some), min(some, FEW_ROWS)
+        first = (some + piece) * self.hidden + copied * self.d
+        second = some * self.post + (some + piece) * self.d + copied * self.post
+        return tokens * self.norm + max(tokens * self.d + max(some * acted, first, second), tokens * written)
 
     def block(self, tokens: int, slots: int, n_keys: int, *, formed: bool, by_rows: bool) -> int:
         """A whole block of ``tokens`` packed tokens that attention spreads over ``slots``."""
@@ -134,7 +144,8 @@ class Widths:
 
     def ends(self, rows: int, slots: int, scores: int, *, by_rows: bool) -> int:
         """A block of prompts' ends, whose attention forms scores of ``scores`` bytes; keys are spread for it."""
-        attention = rows * (self.norm + self.qkv + self._turned + self.qkv + 5 * self.z) + 4 * scores
+        tokens = self.filled_up(rows)
+        attention = tokens * (self.norm + self.qkv + self._turned + self.qkv + 5 * self.z) + 4 * scores
         return 2 * slots * self.kv + max(attention, self._kept(rows, by_rows=by_rows))
 
     def products(self, rows: int, precision: Precision) -> int:

@@ -1,5 +1,6 @@
 """An MLP that is computed some rows at a time is the same MLP."""
 
+import dataclasses
 import sys
 import weakref
 
@@ -74,7 +75,7 @@ def test_gradients_are_those_of_all_rows(zoo, monkeypatch):
 
 
 def test_how_many_rows():
-    sizes = {1: 8, 9: 9, 15: 8, 16: 8, 17: 256, 257: 257, 1024: 256, 1025: 513, 2048: 512, 8000: 2048}
+    sizes = {1: 8, 8: 8, 9: 5, 10: 8, 15: 8, 16: 8, 17: 256, 257: 257, 1024: 256, 1025: 513, 2048: 512, 8000: 2048}
     assert {n: MODULE.mlp_rows(n) for n in sizes} == sizes
 
 
@@ -88,21 +89,51 @@ def test_bits_do_not_depend_on_the_pieces(tiny_builders):
     model = load(tiny_builders["gpt2"](n_layer=1, n_embd=64, n_head=4), device="cpu")
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
     expected = mlp(model, x)
-    for n_rows in (257, 258, 272, 299):
+    for n_rows in (*range(2, 18), 257, 258, 272, 299):
         assert torch.equal(mlp(model, x[:n_rows]), expected[:n_rows])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
-def test_only_the_hidden_layer_is_overwritten(zoo, name):
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "opt"])
+@pytest.mark.parametrize("n_rows", [7, 23, 300])
+def test_only_the_hidden_layer_is_overwritten(zoo, name, n_rows):
     model = zoo.model(name)
-    x = normalized(model)
-    before = x.clone()
+    torch.manual_seed(0)
+    x = torch.randn(1, n_rows, model.spec.d_model)
+    before, weights = x.clone(), model.weights.blocks[0].W_gate_in.clone()
     first = mlp(model, x)
     kept = first.clone()
+    # With gradients nothing may be overwritten, and all rows go at once.
+    with torch.enable_grad():
+        assert torch.equal(mlp(model, x), kept)
     assert torch.equal(mlp(model, x), kept)
     assert torch.equal(x, before)
     assert torch.equal(first, kept)
+    assert torch.equal(model.weights.blocks[0].W_gate_in, weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_autocast_gives_the_same_dtype_for_any_number_of_rows(zoo, name):
+    model = zoo.model(name)
+    x = torch.randn(1, 300, model.spec.d_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [mlp(model, x[:, :n_rows]).dtype for n_rows in (8, 16, 300)]
+    assert found == [torch.bfloat16] * 3
+
+
+@torch.no_grad()
+def test_many_models_at_a_time(zoo):
+    model = zoo.model("gpt2")
+    x = normalized(model)
+    w = model.weights.blocks[0]
+    scales = torch.tensor([1.0, 2.0])
+
+    def scaled(scale):
+        return of_layer(model.spec, dataclasses.replace(w, W_out=scale * w.W_out), 0, x[:, :16])
+
+    expected = torch.stack([scaled(scale) for scale in scales])
+    torch.testing.assert_close(torch.func.vmap(scaled)(scales), expected)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ def test_without_a_budget_the_parts_are_constants(widths, demand):
         group_bytes("cpu"), step_tokens("cpu"), SLICE_VARIANTS,
     )  # fmt: skip
     assert plan.group_variants == demand.n_variants(20)
+    assert plan.held_bytes is None
     assert plan.peak_bytes == plan_memory(widths, demand, BatchShape(n_prompts=4, n_pos=20), budget=1 << 40).peak_bytes
 
 
@@ -47,6 +48,8 @@ def test_a_plan_keeps_to_its_budget_and_takes_more_where_it_may(widths, demand):
     for budget in [least, least + 1, *(least * factor // 4 for factor in range(5, 40))]:
         plan = plan_memory(widths, demand, shape, budget=budget)
         assert plan.peak_bytes <= budget
+        # What is freed may fill what the plan leaves, or an eighth of the plan.
+        assert plan.held_bytes == max(budget - plan.peak_bytes, plan.peak_bytes // 8)
         variants.append(plan.group_variants)
     assert variants[-1] > variants[0]
     with pytest.raises(

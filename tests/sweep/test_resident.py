@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastinterp import ablate, activation_patch, circuit
+from fastinterp.analyses import budget
 from fastinterp.prompts import PromptSet
-from fastinterp.sweep import resident, runner
+from fastinterp.sweep import memory, resident, runner
 
 MIB = 1 << 20
 N_BLOCKS = 400
@@ -147,19 +148,20 @@ def test_nothing_is_given_back_where_the_system_does_not_say_what_is_resident(mo
 
 
 @pytest.mark.parametrize(
-    ("options", "least", "most"),
+    ("options", "without_limit"),
     [
-        (dict(memory_bytes=4 * MIB), 1, MIB // 2),
-        (dict(memory_bytes=4 * MIB, pos=-1), 1, MIB // 2),
-        (dict(pos=-1), 64 * MIB, 64 * MIB),
-        (dict(), None, None),
+        (dict(memory_bytes=4 * MIB), None),
+        (dict(memory_bytes=4 * MIB, pos=-1), None),
+        (dict(pos=-1), 64 * MIB),
+        (dict(), None),
     ],
     ids=["limited", "limited ends", "ends", "whole prompts"],
 )
 def test_sweeps_look_after_every_layer(
-    zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, least: int | None, most: int | None
+    zoo: Any, monkeypatch: pytest.MonkeyPatch, options: Any, without_limit: int | None
 ) -> None:
     allowed: list[int | None] = []
+    planned: list[int] = []
     checks: list[None] = []
 
     class Watched(resident.Resident):
@@ -171,10 +173,16 @@ def test_sweeps_look_after_every_layer(
             checks.append(None)
             super().check()
 
+    def plan(*args: Any, budget: int | None) -> memory.SweepMemory:
+        found = memory.plan_memory(*args, budget=budget)
+        if budget is not None:
+            planned.append(max(4 * MIB - found.peak_bytes, found.peak_bytes // 8))
+        return found
+
     monkeypatch.setattr(runner, "Resident", Watched)
+    monkeypatch.setattr(budget, "plan_memory", plan)
     model = zoo.model("gpt2")
     ablate(model, PromptSet.of([[1] * 6, [2] * 6], answer=[8, 9], wrong=[9, 8]), **options)
     assert len(checks) >= model.spec.n_layers
-    assert allowed
-    for each in allowed:
-        assert each is None if least is None or most is None else each is not None and least <= each <= most
+    assert len(allowed) == 1
+    assert allowed[0] == (planned[-1] if "memory_bytes" in options else without_limit)
