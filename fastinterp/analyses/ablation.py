@@ -110,8 +110,8 @@ def ablate(
     one variant of a batch; twice that where the metric is read at every token) and one step of them; no logits. Batches
     on a CPU have about 2,048 tokens, beginnings that prompts share counted once (8,192 at most; 1,024 where ``pos`` is
     negative; 4,096 of direct effects, which keep ``z`` of the layers chosen). What has been freed goes back to the
-    system between the parts of a batch, and with ``memory_bytes`` after any layer when it fills what ``peak_bytes`` of
-    the plan leaves of them (an eighth of ``peak_bytes`` where that is more).
+    system between the parts of a batch, and with ``memory_bytes`` after any layer when it fills what the sweep of that
+    batch is estimated to leave of them (an eighth of the estimate where that is more).
     Source: Wang et al. 2022, https://arxiv.org/abs/2211.00593; McDougall et al. 2023, https://arxiv.org/abs/2310.04625.
 
     Example:

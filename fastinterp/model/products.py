@@ -17,7 +17,7 @@ from fastinterp_kernels.delta_product import delta_product, rounded_product
 Product = Literal["W_QKV", "W_O", "W_gate_in", "W_out"]
 
 STEADY_ROWS = 8
-"""Rows that a product on a CPU has at least, with rows of zeros."""
+"""Rows that a product of more than one has at least on a CPU, with rows of zeros."""
 
 FEW_ROWS = 16
 """Rows that a piece of a product has at most, where there are few of them."""

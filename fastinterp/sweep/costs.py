@@ -284,7 +284,9 @@ class Cost:
         rows = widths.filled_up(shape.nodes)
         found = rows * (self._captured() + 2 * self._edited() + 4 * widths.d)
         if "post" in sites:
-            found += (NEURONS_AT_ONCE if self.demand.several else 1) * widths.d
+            # Rows of W_out, as they are and in at least float32.
+            n_neurons = NEURONS_AT_ONCE if self.demand.several else 1
+            found += n_neurons * (widths.d + widths.spec.d_model * widths.wide)
         if widths.spec.post_norms:
             found += rows * 2 * widths.norm
         if sites & ATTENTION:

@@ -241,15 +241,20 @@ class Entrance:
             if edit.neuron is not None
         ]
         change = self._made("post", moved, some) - some
-        parts = [slice(first, first + NEURONS_AT_ONCE) for first in range(0, len(neurons), NEURONS_AT_ONCE)]
-        written = change[..., parts[0]] @ self.w.W_out[neurons[parts[0]]]
-        for part in parts[1:]:
-            written += change[..., part] @ self.w.W_out[neurons[part]]
-        return written
+        # Rounded once, whatever the dtype.
+        dtype = torch.promote_types(change.dtype, torch.float32)
+        written = torch.zeros_like(self._here("resid_post"), dtype=dtype)
+        for first in range(0, len(neurons), NEURONS_AT_ONCE):
+            part = slice(first, first + NEURONS_AT_ONCE)
+            written += change[..., part].to(dtype) @ self.w.W_out[neurons[part]].to(dtype)
+        return written.to(change.dtype)
 
 
 def _change_of_heads(w: BlockWeights, edited: Tensor, z: Tensor, heads: set[int]) -> Float[Tensor, "1 row d_model"]:
-    """``(edited - z) @ W_O`` from the first to the last of the heads, so that no part of ``W_O`` is copied."""
+    """``(edited - z) @ W_O`` from the first to the last of the heads, so that no part of ``W_O`` is copied.
+
+    Of heads in between nothing is changed, and zeros are added.
+    """
     some = slice(min(heads), max(heads) + 1)
     return affine((edited[..., some, :] - z[..., some, :]).flatten(-2), w.W_O[some].flatten(0, 1), None)
 

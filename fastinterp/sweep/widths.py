@@ -121,7 +121,7 @@ class Widths:
         activation = self.spec.mlp.activation
         if not by_rows:
             acted = self.post * (3 if activation == "gelu_quick" else 2)
-            return tokens * (self.norm + self.hidden + max(acted, written + self.post))
+            return tokens * self.norm + self.filled_up(tokens) * (self.hidden + max(acted, written + self.post))
         # The first product; what is activated, where it cannot be the same tensor; that times the other half.
         acted = self.hidden + self.post * {"silu": 0, "relu": 0, "gelu_quick": 3}.get(activation, 1)
         if self.spec.mlp.kind == "gated":

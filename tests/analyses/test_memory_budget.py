@@ -14,9 +14,12 @@ import xarray as xr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastinterp
+from fastinterp.analyses.budget import widths_of
 from fastinterp.errors import OptionError
+from fastinterp.model.forward import mlp_residual
 from fastinterp.prompts import PromptSet
 from fastinterp.sweep import runner
+from fastinterp.sweep.precision import clean_weights
 from tests.tiny_models import tiny_family
 
 
@@ -56,7 +59,7 @@ class Allocated(TorchDispatchMode):
 
 
 LAYERS = {"num_hidden_layers": 3, "vocab_size": 500}
-LONG = {"max_position_embeddings": 512}
+LONG = {"num_hidden_layers": 2, "vocab_size": 500, "max_position_embeddings": 512}
 SIZES = {
     "llama": LAYERS | {
         "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -67,8 +70,8 @@ SIZES = {
     },
     # Matrices that are as large as those of real models: parts of them are not small beside activations, and where the
     # processor has what it takes they are multiplied by another library.
-    "opt": LAYERS | LONG | {"hidden_size": 256, "ffn_dim": 1024, "num_attention_heads": 4},
-    "qwen2": LAYERS | LONG | {
+    "opt": LONG | {"hidden_size": 256, "ffn_dim": 1024, "num_attention_heads": 4},
+    "qwen2": LONG | {
         "hidden_size": 384, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2,
     },
 }  # fmt: skip
@@ -114,7 +117,7 @@ ABLATIONS = [
     ("opt", MIXED, {"pos": -1}),
     *(("qwen2", [n_pos], {}) for n_pos in (9, 15, 40, 257)),
     ("qwen2", [9], {"units": [[(0, 1), (0, 4)], [(1, 0), "MLP1", (1, 5)]]}),
-    ("opt", [9], {"units": [["L0N3", "L0N900"], ["L1N5"], [f"L2N{i}" for i in range(0, 1024, 5)]]}),
+    ("opt", [9], {"units": [["L0N3", "L0N900"], ["L1N5"], [f"L0N{i}" for i in range(0, 1024, 5)]]}),
 ]
 PATCHES = [
     ("llama", [4] * 3, {}),
@@ -226,6 +229,20 @@ def test_direct_effects_of_heads_kept_in_parts(models, monkeypatch, case, n_prom
     plan = json.loads(found.attrs["sweep_plan"])
     assert seen.peak <= plan["peak_bytes"] <= max(4 * seen.peak, 8 << 20)
     assert difference(found, whole) < 1e-5
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("n_rows", [2, 3, 7, 9, 15, 19, 300])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2"])
+@torch.no_grad()
+def test_an_mlp_takes_no_more_than_is_planned(models, name, n_rows):
+    model = models(name)
+    widths, resid = widths_of(model), torch.randn(1, n_rows, model.spec.d_model)
+    for weights in (model.weights, clean_weights(model, "exact")):
+        with Allocated(model) as seen:
+            mlp_residual(model.spec, weights.blocks[0], 0, resid)
+        for by_rows in (False, True):
+            assert seen.peak <= n_rows * widths.d + widths.mlp(n_rows, by_rows=by_rows)
 
 
 def test_the_instrument_sees_what_is_alive(models):

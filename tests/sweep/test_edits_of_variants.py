@@ -103,6 +103,7 @@ def edits_of_every_kind(spec, positions, generator, shape):
         (Edit(site="mlp_out", layer=0, **where),),
         (Edit(site="mlp_raw", layer=top, replacement=randn(spec.d_model), **where),),
         (Edit(site="post", layer=0, neuron=3, **where),),
+        tuple(Edit(site="post", layer=0, neuron=neuron, **where) for neuron in range(70)),
         (Edit(site="post", layer=top, neuron=-1, replacement=randn(), how="add", **where),),
         (Edit(site="post", layer=0, replacement=0.2, **where),),
         (Edit(site="pre", layer=0, neuron=1, replacement=1.0, **where),),
