@@ -14,7 +14,7 @@ from typing import Any
 
 import jaxtyping
 
-FIRST, EVERY = 6, 64
+FIRST, EVERY = 2, 64
 
 _calls: Counter[types.CodeType] = Counter()
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+# Made once: every new path adds to the interpreter's table of strings, which grows by megabytes in a long sweep.
+_STATM = Path("/proc/self/statm")
+
 
 @cache
 def _trim() -> Callable[[int], int] | None:
@@ -66,7 +69,7 @@ class Resident:
 def _resident_bytes() -> int | None:
     """What is resident of this process, on a Linux system; None where it does not say."""
     try:
-        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+        pages = int(_STATM.read_bytes().split()[1])
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -9,6 +9,7 @@ nothing in front of a position keep only the rows from there on, and see the cle
     operations = rows x sum over variants of (what the edit changes of its layer + every block above)
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from fastinterp.model.prefix import PrefixTree, prefix_tree
 from fastinterp.model.products import Difference, Recorded
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights
-from fastinterp.sweep.groups import Planned, by_start, first_layer, groups
+from fastinterp.sweep.groups import Order, Planned, by_start, first_layer
 from fastinterp.sweep.memory import SweepMemory, group_bytes, score_bytes, step_tokens
 from fastinterp.sweep.precision import Precision, check_precision, clean_products, clean_weights
 from fastinterp.sweep.resident import Resident
@@ -165,18 +166,15 @@ def sweep(
         score_bytes=score_bytes(device) if memory is None else memory.score_bytes,
     )  # fmt: skip
     starts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    planned = [Planned.of(model, tree, n_tokens, i, job.variant(i), starts) for i in passing]
-    planned.sort(key=lambda each: (each.first_layer, each.start or ()))
+    order = Order(Planned.of(model, tree, n_tokens, i, job.variant(i), starts) for i in passing)
     held = _HELD_BYTES if memory is None else memory.held_bytes
-    if memory is None and any(each.start is None for each in planned):
+    if memory is None and order.whole:
         held = None
     owed = clean_first
     if residual_bytes is None:
         residual_bytes = group_bytes(device) if memory is None else memory.residual_bytes
-    cut = list(groups(planned, residual_bytes))
     progress = _Progress(resident=Resident(model.device, held))
-    for number, group in enumerate(cut, start=1):
-        then = first_layer(cut[number]) if number < len(cut) else 0
+    for group, then in order.groups(residual_bytes):
         yield from _run_group(job, group, progress, then=then, clean_first=owed)
         owed = False
     if owed:
@@ -185,13 +183,15 @@ def sweep(
         yield _whole_forward(job, index, job.variant(index))
 
 
-def _sorted_out(spec: ModelSpec, variants: Sequence[Variant], *, has_source: bool) -> tuple[list[int], list[int], bool]:
+def _sorted_out(
+    spec: ModelSpec, variants: Sequence[Variant], *, has_source: bool
+) -> tuple[Sequence[int], list[int], bool]:
     """Checks the variants; returns which go through the layers together, which apart, and if all prompts can be alike.
 
     Raises:
         OptionError, SiteRangeError, UnknownActivationError: see :func:`run_variants`.
     """
-    passing: list[int] = []
+    passing = array("q")  # There may be many thousands.
     apart: list[int] = []
     alike = True
     for i in range(len(variants)):
