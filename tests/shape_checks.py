@@ -8,7 +8,6 @@ checks the first ``FIRST`` calls of every function, and of the others every ``EV
 
 import functools
 import types
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import jaxtyping
 
 FIRST, EVERY = 2, 64
 
-_calls: Counter[types.CodeType] = Counter()
+_calls: dict[types.CodeType, int] = {}
 
 
 def begin_test() -> None:
@@ -40,11 +39,12 @@ def _of_some_calls(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
         if "<locals>" not in fn.__qualname__:  # what is made in every call is wrapped when it is first checked
             make()
 
+        code = fn.__code__
+
         @functools.wraps(fn)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            code = fn.__code__
-            _calls[code] += 1
-            if _calls[code] > FIRST and (_calls[code] - FIRST) % EVERY:
+            n = _calls[code] = _calls.get(code, 0) + 1
+            if n > FIRST and (n - FIRST) % EVERY:
                 return fn(*args, **kwargs)
             return make()(*args, **kwargs)
 

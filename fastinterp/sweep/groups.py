@@ -52,52 +52,56 @@ class Planned:
 
 
 class Order:
-    """Variants in the order of their first layers and starts, at four numbers each.
+    """Variants in the order of their first layers and starts, at three numbers each.
 
     A sweep of thousands holds them for as long as it takes, beside a few bytes of one that goes through the model.
     """
 
     def __init__(self, planned: Iterable[Planned]) -> None:
-        starts: dict[tuple[int, ...] | None, int] = {}
-        numbers = array("q")
+        """Takes them one by one; those at the same rows have the same bytes, so that few kinds are told apart."""
+        kinds: dict[tuple[tuple[int, ...] | None, int], int] = {}
+        index, layer, kind = array("i"), array("i"), array("i")
         for each in planned:
-            start = starts.setdefault(each.start, len(starts))
-            numbers.extend((each.index, each.first_layer, start, each.n_bytes))
-        self._starts = list(starts)
-        table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 4) if numbers else np.empty((0, 4), np.int64)
-        by_start = sorted(range(len(self._starts)), key=lambda i: self._starts[i] or ())
-        rank = np.empty(len(by_start), np.int64)
-        rank[by_start] = np.arange(len(by_start))
-        self._table = table[np.lexsort((rank[table[:, 2]], table[:, 1]))]
+            index.append(each.index)
+            layer.append(each.first_layer)
+            kind.append(kinds.setdefault((each.start, each.n_bytes), len(kinds)))
+        self._kinds = list(kinds)
+        rank = {start: place for place, start in enumerate(sorted({start or () for start, _ in kinds}))}
+        ranks = np.array([rank[start or ()] for start, _ in kinds], np.int32)
+        order = np.lexsort((ranks[np.asarray(kind)], np.asarray(layer)))
+        self._index, self._layer, self._kind = (np.asarray(each)[order] for each in (index, layer, kind))
 
     def __len__(self) -> int:
         """How many variants."""
-        return len(self._table)
+        return len(self._index)
 
     def __getitem__(self, place: int) -> Planned:
         """The variant at a place of the order."""
-        index, layer, start, n_bytes = self._table[place].tolist()
-        return Planned(index=index, first_layer=layer, start=self._starts[start], n_bytes=n_bytes)
+        start, n_bytes = self._kinds[int(self._kind[place])]
+        index, layer = int(self._index[place]), int(self._layer[place])
+        return Planned(index=index, first_layer=layer, start=start, n_bytes=n_bytes)
 
     @property
     def whole(self) -> bool:
         """Whether some are computed at every row."""
-        return None in self._starts
+        return any(start is None for start, _ in self._kinds)
 
     def groups(self, residual_bytes: int) -> Iterator[tuple[list[Planned], int]]:
         """Cuts the variants into groups whose residuals stay below the bytes given; one variant always fits.
 
         With each group comes the first layer of the next one, 0 if there is none.
         """
-        layers, n_bytes = self._table[:, 1], self._table[:, 3]
         begin = 0
         while begin < len(self):
-            end, total = begin + 1, int(n_bytes[begin])
-            while end < len(self) and total + int(n_bytes[end]) <= residual_bytes:
-                total += int(n_bytes[end])
+            end, total = begin + 1, self._n_bytes(begin)
+            while end < len(self) and total + self._n_bytes(end) <= residual_bytes:
+                total += self._n_bytes(end)
                 end += 1
-            yield [self[place] for place in range(begin, end)], int(layers[end]) if end < len(self) else 0
+            yield [self[place] for place in range(begin, end)], int(self._layer[end]) if end < len(self) else 0
             begin = end
+
+    def _n_bytes(self, place: int) -> int:
+        return self._kinds[int(self._kind[place])][1]
 
 
 def first_layer(group: Sequence[Planned]) -> int:
