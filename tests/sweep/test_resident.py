@@ -186,3 +186,11 @@ def test_sweeps_look_after_every_layer(
     assert len(checks) >= model.spec.n_layers
     assert len(allowed) == 1
     assert allowed[0] == (planned[-1] if "memory_bytes" in options else without_limit)
+
+
+def test_looking_makes_no_new_path(monkeypatch):
+    """Each would add strings to the interpreter's table, which then grows for as long as a sweep takes."""
+    found = resident._resident_bytes()
+    monkeypatch.setattr(resident, "Path", None)
+    again = resident._resident_bytes()
+    assert (found is None) == (again is None)
