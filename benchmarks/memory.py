@@ -4,7 +4,9 @@ For each case one iteration of the loop is measured, then fastinterp with no lim
 twentieth of what the loop's iteration took (the fewest that the plan allows where that is more). Values are compared.
 
 Measured is resident memory. That is more than what is allocated: the C library keeps freed blocks. With
-``MALLOC_MMAP_THRESHOLD_=262144`` in the environment glibc gives large ones back at once.
+``MALLOC_MMAP_THRESHOLD_=262144`` in the environment glibc gives large ones back at once. The first calls of a process
+hold some 20 MB more, for code that the libraries make once: with ``--repeats`` everything is called that often, the
+last calls count, and all are filed.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import fastinterp
 from benchmarks import naive, naive_heads, naive_sweeps
 from benchmarks.environment import environment
 from benchmarks.harness import Array
-from benchmarks.measure import measure
+from benchmarks.measure import Measurement, measure
 from benchmarks.models import DEFAULT_MODEL, Fixtures, Workload, load_fixtures
 from fastinterp.errors import OptionError
 from fastinterp.prompts import PromptSet
@@ -135,9 +137,12 @@ def _exact_losses(bridge: Any, tokens: torch.Tensor, layer: int, head: int) -> t
 
 
 def compare(
-    fixtures: Fixtures, n_prompts: int, n_pos: int, n_heads: int, names: Sequence[str] = CASES
+    fixtures: Fixtures, n_prompts: int, n_pos: int, n_heads: int, names: Sequence[str] = CASES, repeats: int = 1
 ) -> list[dict[str, Any]]:
-    """Returns one row per case: bytes and seconds of the loop's iteration, of fastinterp, and of it with a limit."""
+    """Returns one row per case: bytes and seconds of the loop's iteration, of fastinterp, and of it with a limit.
+
+    Each is called ``repeats`` times; the row has the last, and the bytes of all.
+    """
     work = fixtures.text(n_prompts, min(n_pos, fixtures.model.spec.n_ctx))
     n_layers, heads_per_layer = fixtures.shape
     if n_heads < n_layers:
@@ -147,17 +152,22 @@ def compare(
     rows = []
     for case in (case for case in cases(fixtures, work) if case.name in names):
         case.loop(*heads[0])  # What it needs of the clean run is not counted.
-        expected, loop = measure(lambda case=case: case.loop(*heads[0]), fixtures.device)
-        free, unlimited = measure(lambda case=case: case.fast(heads, None), fixtures.device)
-        wanted = max(1, loop.peak_memory_bytes // SHARE)
+
+        def repeated(call: Callable[[], Any]) -> tuple[Any, list[Measurement]]:
+            runs = [measure(call, fixtures.device) for _ in range(repeats)]
+            return runs[-1][0], [run for _, run in runs]
+
+        expected, loop = repeated(lambda case=case: case.loop(*heads[0]))
+        free, unlimited = repeated(lambda case=case: case.fast(heads, None))
+        wanted = max(1, loop[-1].peak_memory_bytes // SHARE)
         try:
-            held, limited = measure(lambda case=case, wanted=wanted: case.fast(heads, wanted), fixtures.device)
+            held, limited = repeated(lambda case=case, wanted=wanted: case.fast(heads, wanted))
         except OptionError as refused:
             needed = re.search(r"it needs about (\d+)", str(refused))
             if needed is None:
                 raise
             wanted = int(needed[1])
-            held, limited = measure(lambda case=case, wanted=wanted: case.fast(heads, wanted), fixtures.device)
+            held, limited = repeated(lambda case=case, wanted=wanted: case.fast(heads, wanted))
         if case.reference is not None:
             expected = case.reference(*heads[0])
         difference = max(float(np.abs(each[0] - expected.cpu().numpy()).max()) for each in (free, held))
@@ -169,13 +179,17 @@ def compare(
                 "what": case.what,
                 "workload": f"{work}, {len(heads)} heads",
                 "largest_difference": difference,
-                "loop_bytes": loop.peak_memory_bytes,
-                "loop_seconds_per_head": loop.wall_seconds,
-                "unlimited_bytes": unlimited.peak_memory_bytes,
-                "unlimited_seconds": unlimited.wall_seconds,
+                "loop_bytes": loop[-1].peak_memory_bytes,
+                "loop_seconds_per_head": loop[-1].wall_seconds,
+                "unlimited_bytes": unlimited[-1].peak_memory_bytes,
+                "unlimited_seconds": unlimited[-1].wall_seconds,
                 "memory_bytes": wanted,
-                "limited_bytes": limited.peak_memory_bytes,
-                "limited_seconds": limited.wall_seconds,
+                "limited_bytes": limited[-1].peak_memory_bytes,
+                "limited_seconds": limited[-1].wall_seconds,
+                "every_call": {
+                    name: [run.peak_memory_bytes for run in runs]
+                    for name, runs in (("loop", loop), ("unlimited", unlimited), ("limited", limited))
+                },
             }
         )
         print(line(rows[-1]), flush=True)
@@ -184,7 +198,11 @@ def compare(
 
 def line(row: dict[str, Any]) -> str:
     """One row, for people."""
-    mb = {key: f"{value / 1e6:,.0f} MB" for key, value in row.items() if key.endswith("bytes")}
+    mb = {
+        key: f"{value / 1e6:,.{0 if value >= 100e6 else 1 if value >= 10e6 else 2}f} MB"
+        for key, value in row.items()
+        if key.endswith("bytes")
+    }
     return (
         f"{row['what']} ({row['workload']}): the loop holds {mb['loop_bytes']} ({row['loop_seconds_per_head']:.1f} s a "
         f"head); fastinterp {mb['unlimited_bytes']} in {row['unlimited_seconds']:.1f} s, with memory_bytes="
@@ -204,10 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cases", nargs="+", choices=ALL_CASES, default=CASES, help="which cases (default: all but patch)"
     )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="calls of each, of which the last counts (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    rows = compare(load_fixtures(options.model, device), options.prompts, options.tokens, options.heads, options.cases)
+    fixtures = load_fixtures(options.model, device)
+    rows = compare(fixtures, options.prompts, options.tokens, options.heads, options.cases, options.repeats)
     if options.json is not None:
         text = json.dumps({"environment": environment(device), "model": options.model, "rows": rows}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")

@@ -345,12 +345,11 @@ class Ablation:
 
         def make(index: int) -> Variant:
             mode, where, unit = (int(i) for i in np.unravel_index(index, shape))
-            return Variant(
-                edits=tuple(
-                    edit_of(part, self.modes[mode], self.means, self.mean_over, n_pos, wheres[where])
-                    for part in chosen.units[unit]
-                )
-            )
+            edits = [
+                edit_of(part, self.modes[mode], self.means, self.mean_over, n_pos, wheres[where])
+                for part in chosen.units[unit]
+            ]
+            return Variant(edits=tuple(edits))
 
         variants = Variants(torch.Size(shape).numel(), make)
         source = batch.corrupt if "resample" in self.modes else None

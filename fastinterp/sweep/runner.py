@@ -167,6 +167,7 @@ def sweep(
     )  # fmt: skip
     starts: dict[tuple[int, ...], tuple[int, ...]] = {}
     order = Order(Planned.of(model, tree, n_tokens, i, job.variant(i), starts) for i in passing)
+    del passing
     held = _HELD_BYTES if memory is None else memory.held_bytes
     if memory is None and order.whole:
         held = None

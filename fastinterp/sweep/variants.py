@@ -93,7 +93,9 @@ class Variant:
 
     def at_layer(self, layer: int) -> tuple[Edit, ...]:
         """The edits of one layer, in the order given."""
-        return tuple(edit for edit in self.edits if edit.layer == layer)
+        # By way of a list: a tuple made from a generator is one of ten, cut short. Of those cut short the interpreter
+        # keeps up to 2000 for later, and makes the next one of ten anew.
+        return tuple([edit for edit in self.edits if edit.layer == layer])
 
     def stage(self, spec: ModelSpec) -> Stage:
         """Where the run departs from the clean one.

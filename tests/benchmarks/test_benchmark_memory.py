@@ -32,7 +32,16 @@ def test_every_case_is_compared_with_its_loop(fixtures: models.Fixtures, n_heads
         assert row["workload"].endswith(f" {min(n_heads, 6)} heads")
         assert 0 <= row["largest_difference"] < 1e-4
         assert row["memory_bytes"] > 0
-        assert re.search(r"the loop holds [\d,]+ MB", memory.line(row))
+        assert row["every_call"] == {name: [row[f"{name}_bytes"]] for name in ("loop", "unlimited", "limited")}
+        assert re.search(r"the loop holds [\d,.]+ MB", memory.line(row))
+
+
+@pytest.mark.usefixtures("nothing_given_back")
+def test_the_last_of_several_calls_counts(fixtures: models.Fixtures) -> None:
+    (row,) = memory.compare(fixtures, 3, 7, 1, ["last"], repeats=3)
+    for name, each in row["every_call"].items():
+        assert len(each) == 3
+        assert row[f"{name}_bytes"] == each[-1]
 
 
 def test_numbers_that_differ_give_no_figures(fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """The order of variants, and how it is cut into groups."""
 
+import gc
 import tracemalloc
 
 import pytest
 
+from fastinterp.model import Edit
+from fastinterp.sweep import Variant
 from fastinterp.sweep.groups import Order, Planned
 
 
@@ -65,3 +68,19 @@ def test_thousands_of_variants_take_few_bytes():
     assert kept < 16 * n
     assert most < 50 * n
     assert running - kept < 10_000
+
+
+def test_a_variant_that_was_looked_at_leaves_nothing_behind():
+    variant = Variant(edits=(Edit(site="z", layer=1, head=0, replacement=0.0),))
+    for _ in range(10):
+        variant.at_layer(1)
+    gc.collect()  # So that the interpreter keeps no tuples for later.
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(2000):
+            variant.at_layer(1)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 2000 * 20
