@@ -141,7 +141,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Returns one row per case: bytes and seconds of the loop's iteration, of fastinterp, and of it with a limit.
 
-    Each is called ``repeats`` times; the row has the last, and the bytes of all.
+    Each is called ``repeats`` times, at least once; the row has the last, and the bytes of all.
     """
     work = fixtures.text(n_prompts, min(n_pos, fixtures.model.spec.n_ctx))
     n_layers, heads_per_layer = fixtures.shape
@@ -211,6 +211,12 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of calls: give 1 or more")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
@@ -223,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cases", nargs="+", choices=ALL_CASES, default=CASES, help="which cases (default: all but patch)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=1, help="calls of each, of which the last counts (default: %(default)s)"
+        "--repeats", type=_positive, default=1, help="calls of each, of which the last counts (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)

@@ -67,4 +67,5 @@ class SourceRun:
 
 def sourced(edits: Iterable[Edit], values: Mapping[str, Tensor]) -> tuple[Edit, ...]:
     """Returns edits of one layer with what stands for the source resolved."""
-    return tuple(edit.sourced(values[edit.site]) if isinstance(edit.replacement, str) else edit for edit in edits)
+    # By way of a list, as in Variant.at_layer.
+    return tuple([edit.sourced(values[edit.site]) if isinstance(edit.replacement, str) else edit for edit in edits])

@@ -1,6 +1,8 @@
 """The comparison of peak memory on a tiny random model."""
 
+import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,12 +38,28 @@ def test_every_case_is_compared_with_its_loop(fixtures: models.Fixtures, n_heads
         assert re.search(r"the loop holds [\d,.]+ MB", memory.line(row))
 
 
-@pytest.mark.usefixtures("nothing_given_back")
-def test_the_last_of_several_calls_counts(fixtures: models.Fixtures) -> None:
+def test_the_last_of_several_calls_counts(fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count(1)
+
+    def counted(call: Callable[[], object], device: torch.device) -> tuple[object, measure.Measurement]:
+        number = next(calls)
+        return call(), measure.Measurement(wall_seconds=number / 2, peak_memory_bytes=number)
+
+    monkeypatch.setattr(memory, "measure", counted)
     (row,) = memory.compare(fixtures, 3, 7, 1, ["last"], repeats=3)
-    for name, each in row["every_call"].items():
-        assert len(each) == 3
-        assert row[f"{name}_bytes"] == each[-1]
+    assert row["every_call"]["loop"] == [1, 2, 3]
+    assert row["every_call"]["unlimited"] == [4, 5, 6]
+    *_, limited = row["every_call"]["limited"]
+    assert (row["loop_bytes"], row["unlimited_bytes"], row["limited_bytes"]) == (3, 6, limited)
+    assert (row["loop_seconds_per_head"], row["unlimited_seconds"]) == (1.5, 3.0)
+    assert row["limited_seconds"] == limited / 2
+
+
+@pytest.mark.parametrize("repeats", ["0", "-1", "two"])
+def test_a_number_of_calls_is_positive(repeats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        memory.main(["--repeats", repeats])
+    assert f"{repeats} is not a number of calls: give 1 or more" in capsys.readouterr().err
 
 
 def test_numbers_that_differ_give_no_figures(fixtures: models.Fixtures, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 from fastinterp.model import Edit
 from fastinterp.sweep import Variant
 from fastinterp.sweep.groups import Order, Planned
+from fastinterp.sweep.source import sourced
 
 
 def planned(index: int, layer: int, start: tuple[int, ...] | None, n_bytes: int = 10) -> Planned:
@@ -73,13 +74,13 @@ def test_thousands_of_variants_take_few_bytes():
 def test_a_variant_that_was_looked_at_leaves_nothing_behind():
     variant = Variant(edits=(Edit(site="z", layer=1, head=0, replacement=0.0),))
     for _ in range(10):
-        variant.at_layer(1)
+        sourced(variant.at_layer(1), {})
     gc.collect()  # So that the interpreter keeps no tuples for later.
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         for _ in range(2000):
-            variant.at_layer(1)
+            sourced(variant.at_layer(1), {})
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
