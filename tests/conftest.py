@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,27 @@ torch.set_num_threads(1)
 shape_checks.install()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Thousands of tests live until the end: garbage collections need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     shape_checks.begin_test()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heap_not_trimmed() -> Iterator[Any]:
+    """Yields what finds the C library's ``malloc_trim``; in its place stands a call that does nothing.
+
+    Every batch of every test calls it, and the heap of a process that holds the models of all tests takes long to trim.
+    """
+    from fastinterp.sweep import resident
+
+    real = resident._trim
+    with mock.patch.object(resident, "_trim", lambda: lambda pad: 0):
+        yield real
 
 
 CORPUS = [

@@ -18,7 +18,7 @@ from fastinterp.analyses.budget import widths_of
 from fastinterp.errors import OptionError
 from fastinterp.model.forward import mlp_residual
 from fastinterp.prompts import PromptSet
-from fastinterp.sweep import resident, runner
+from fastinterp.sweep import runner
 from fastinterp.sweep.precision import clean_weights
 from tests.tiny_models import tiny_family
 
@@ -140,12 +140,6 @@ CASES = [
     *((fastinterp.activation_patch, *case) for case in PATCHES),
     *((fastinterp.circuit, *case) for case in CIRCUITS),
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_goes_back(monkeypatch):
-    """What is allocated is the same; the heap of a process that has run other tests takes long to trim."""
-    monkeypatch.setattr(resident, "_trim", lambda: None)
 
 
 def run(models, case, memory_bytes=None):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import measure, memory, models, naive
-from fastinterp.sweep import resident
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,6 @@ def fixtures() -> models.Fixtures:
 def nothing_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes long where a process holds as much as a test run does, and no figure is looked at."""
     monkeypatch.setattr(measure, "_release_memory", lambda device: None)
-    monkeypatch.setattr(resident, "_trim", lambda: None)
 
 
 @pytest.mark.usefixtures("nothing_given_back")

@@ -23,6 +23,12 @@ glibc = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def heap_trimmed(heap_not_trimmed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is the C library's own call."""
+    monkeypatch.setattr(resident, "_trim", heap_not_trimmed)
+
+
 def _holes() -> list[torch.Tensor]:
     """Frees every second block: what is left keeps the heap from shrinking."""
     # Blocks of this size come from the heap once such a one has been freed.
