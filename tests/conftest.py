@@ -48,8 +48,11 @@ def heap_not_trimmed() -> Iterator[Any]:
     """
     from fastinterp.sweep import resident
 
+    def instead() -> Callable[[int], int]:
+        return lambda pad: 0
+
     real = resident._trim
-    with mock.patch.object(resident, "_trim", lambda: lambda pad: 0):
+    with mock.patch.object(resident, "_trim", instead):
         yield real
 
 
