@@ -23,9 +23,11 @@ from fastinterp.gradients.objective import Objective
 from fastinterp.gradients.paths import Point, interpolated
 from fastinterp.gradients.runs import Key, Put
 from fastinterp.model.attention import Frame, attend, continuing_frame, make_frame, project_qkv
-from fastinterp.model.forward import block, mix_heads, mlp_residual, write_norm
+from fastinterp.model.forward import block, mix_heads
 from fastinterp.model.intervene import NO_TAPS, Taps
+from fastinterp.model.mlp import mlp_residual
 from fastinterp.model.model import Model
+from fastinterp.model.norms import write_norm
 from fastinterp.model.spec import ModelSpec
 
 

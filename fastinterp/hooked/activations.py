@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastinterp.model.attention import attention_scores, make_frame, ready
-from fastinterp.model.forward import activate
 from fastinterp.model.intervene import Key
+from fastinterp.model.mlp import activate
 from fastinterp.model.norms import center, divide
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import Weights

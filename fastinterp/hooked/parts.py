@@ -13,8 +13,9 @@ from fastinterp.errors import OptionError, nearest
 from fastinterp.hooked.hooks import HookPoints
 from fastinterp.hooked.parameters import parameter
 from fastinterp.model.attention import attend, make_frame, ready
-from fastinterp.model.forward import block, mix_heads, mlp
+from fastinterp.model.forward import block, mix_heads
 from fastinterp.model.intervene import Taps
+from fastinterp.model.mlp import mlp
 from fastinterp.model.model import Model, check_tokens
 from fastinterp.model.norms import tapped_norm
 from fastinterp.model.products import affine

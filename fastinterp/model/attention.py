@@ -239,7 +239,10 @@ def attend(
         return attend_behind(spec, layer, q, k, v, frame.shared)
     if (tree := frame.tree) is not None:
         spread = dataclasses.replace(frame, tree=None)
-        q, k, v = (tree.spread(part).flatten(0, 1) for part in (q, k, v))
+        # One after the other: what was packed is freed.
+        q = tree.spread(q).flatten(0, 1)
+        k = tree.spread(k).flatten(0, 1)
+        v = tree.spread(v).flatten(0, 1)
         return tree.pack(attend(spec, layer, q, k, v, spread, taps).unflatten(0, (-1, len(tree.node))))
     if frame.past is not None:
         k, v = frame.past.extended(layer, k, v, frame.n_pos)

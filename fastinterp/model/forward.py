@@ -16,11 +16,12 @@ from fastinterp.errors import OptionError, UnknownActivationError
 from fastinterp.model.attention import Frame, attend, attend_from, continuing_frame, make_frame, project_qkv
 from fastinterp.model.decode import KeyValueCache
 from fastinterp.model.intervene import NO_TAPS, Taps
-from fastinterp.model.norms import tapped_norm
+from fastinterp.model.mlp import mlp_residual
+from fastinterp.model.norms import tapped_norm, write_norm
 from fastinterp.model.prefix import PrefixTree, prefix_tree
-from fastinterp.model.products import FEW_ROWS, STEADY_ROWS, Exact, affine
-from fastinterp.model.spec import Activation, ModelSpec
-from fastinterp.model.weights import BlockWeights, NormWeights, Weights
+from fastinterp.model.products import affine
+from fastinterp.model.spec import ModelSpec
+from fastinterp.model.weights import BlockWeights, Weights
 
 # What forward_at can capture: everything that is one row per token, in the last block as in the others.
 PACKED_SITES = frozenset(
@@ -43,24 +44,6 @@ PACKED_SITES = frozenset(
         "resid_post",
     }
 )
-
-HIDDEN = frozenset({"pre", "pre_linear", "post"})
-"""Sites of the hidden layer of an MLP."""
-
-MLP_ROWS = 256
-
-
-def mlp_rows(n_rows: int) -> int:
-    """How many of the rows of an MLP are computed at a time on a CPU: a quarter, in multiples of ``MLP_ROWS``.
-
-    As fast as all at once; much fewer are slower. But 8 of up to 16, which is as fast too: a run in so little memory
-    has little beside its hidden layer. Never so that a single row is left: by itself a product sums it in another
-    order. So of 9 rows 5, and of more one more.
-    """
-    if n_rows <= FEW_ROWS:
-        return 5 if n_rows == STEADY_ROWS + 1 else STEADY_ROWS
-    some = -(-n_rows // (4 * MLP_ROWS)) * MLP_ROWS
-    return some + 1 if n_rows > some and n_rows % some == 1 else some
 
 
 def forward(
@@ -200,8 +183,10 @@ def block(
     """Returns the residual stream after block ``layer``."""
     resid = taps("resid_pre", layer, resid)
     # No name here keeps queries, keys, values or z: they are freed before the MLP, whose hidden layer is the largest.
+    # Nor does a call with *arguments: attention goes on with copies of them.
+    left = list(project_qkv(spec, w, layer, resid, frame, taps))
     return _after_attention(
-        spec, w, layer, resid, attend(spec, layer, *project_qkv(spec, w, layer, resid, frame, taps), frame, taps), taps
+        spec, w, layer, resid, attend(spec, layer, left.pop(0), left.pop(0), left.pop(0), frame, taps), taps
     )
 
 
@@ -223,6 +208,7 @@ def block_at(
     q, k, v = project_qkv(spec, w, layer, resid, frame, NO_TAPS)
     last = frame.tree.nodes_at(at)
     z = attend_from(spec, layer, q[:, last], k, v, frame, at, NO_TAPS)
+    del q, k, v
     # From here on there is one row per prompt. A single one is doubled: by itself a product sums it in another order.
     rows = torch.arange(len(at), device=at.device)
     if alone := z.shape[:2].numel() == 1:
@@ -246,41 +232,9 @@ def _after_attention(
     after = resid + attn_out
     del z, attn_raw, attn_out
     if spec.parallel:
-        return mlp_residual(spec, w, layer, resid, taps, after=after)
-    return mlp_residual(spec, w, layer, taps("resid_mid", layer, after), taps)
-
-
-def mlp_residual(
-    spec: ModelSpec,
-    w: BlockWeights,
-    layer: int,
-    resid: Float[Tensor, "*rows d_model"],
-    taps: Taps = NO_TAPS,
-    *,
-    after: Float[Tensor, "*rows d_model"] | None = None,
-) -> Float[Tensor, "*rows d_model"]:
-    """Returns ``resid_post``: the second half of a block.
-
-    ``resid`` is what the MLP reads, ``resid_mid``; it writes to the same, or to ``after`` (parallel blocks).
-    """
-    # A tensor of its own, since its gradient is that of the MLP alone.
-    mlp_in = taps("mlp_in", layer, resid.view_as(resid)) if taps.wants("mlp_in", layer) else resid
-    x = tapped_norm(spec, "ln2", layer, mlp_in, w.ln2, taps)
-    mlp_raw = taps("mlp_raw", layer, mlp(spec, w, layer, x, taps))
-    mlp_out = taps("mlp_out", layer, write_norm(spec, "ln2_post", layer, mlp_raw, w.ln2_post, taps))
-    return taps("resid_post", layer, (resid if after is None else after) + mlp_out)
-
-
-def write_norm(
-    spec: ModelSpec,
-    name: str,
-    layer: int,
-    written: Float[Tensor, "*rows d_model"],
-    weights: NormWeights | None,
-    taps: Taps = NO_TAPS,
-) -> Float[Tensor, "*rows d_model"]:
-    """Returns what a sublayer adds to the residual: its output, through the post-norm where there is one."""
-    return written if weights is None else tapped_norm(spec, name, layer, written, weights, taps)
+        return mlp_residual(spec, w, layer, resid, taps, after=after, reuse=True)
+    reuse = not taps.wants("resid_mid", layer)
+    return mlp_residual(spec, w, layer, taps("resid_mid", layer, after), taps, reuse=reuse)
 
 
 def mix_heads(
@@ -292,76 +246,6 @@ def mix_heads(
     result = taps("result", layer, torch.einsum("...he,hed->...hd", z, w.W_O))
     attn_out = result.sum(-2)
     return attn_out if w.b_O is None else attn_out + w.b_O
-
-
-def mlp(
-    spec: ModelSpec, w: BlockWeights, layer: int, x: Float[Tensor, "*rows d_model"], taps: Taps = NO_TAPS
-) -> Float[Tensor, "*rows d_model"]:
-    """Returns the MLP's output for a normalised residual.
-
-    Memory: ``d_mlp`` for ``mlp_rows`` rows at a time on a CPU, under ``torch.no_grad()`` and where nobody taps it.
-    """
-    if not _by_rows(w, x, taps, layer):
-        hidden = w.products("W_gate_in", x, w.W_gate_in, w.b_gate_in)
-        if spec.mlp.kind == "plain":
-            post = activate(spec.mlp.activation, taps("pre", layer, hidden))
-        else:
-            gate, linear = hidden.chunk(2, dim=-1)
-            gate = activate(spec.mlp.activation, taps("pre", layer, gate))
-            post = gate * taps("pre_linear", layer, linear)
-            del gate, linear, hidden
-        return w.products("W_out", taps("post", layer, post), w.W_out, w.b_out)
-    n_rows = x.shape[:-1].numel()
-    some = mlp_rows(n_rows)
-    if n_rows <= some:
-        return _mlp_of_some(spec, w, x)
-    rows = x.reshape(n_rows, -1)
-    # Not like the rows: autocast decides the dtype, and vmap whether there is one output or many.
-    piece = _mlp_of_some(spec, w, rows[:some])
-    out = piece.new_empty(n_rows, piece.shape[-1])
-    out[:some] = piece
-    del piece
-    for first in range(some, n_rows, some):
-        out[first : first + some] = _mlp_of_some(spec, w, rows[first : first + some])
-    return out.view(*x.shape[:-1], -1)
-
-
-def _by_rows(w: BlockWeights, x: Tensor, taps: Taps, layer: int) -> bool:
-    """Whether the rows of an MLP can be computed some at a time, and its hidden layer be overwritten."""
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and isinstance(w.products, Exact)
-        and not taps.wants_any(HIDDEN, layer)
-    )
-
-
-def _mlp_of_some(spec: ModelSpec, w: BlockWeights, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    hidden = w.products("W_gate_in", x, w.W_gate_in, w.b_gate_in)
-    if spec.mlp.kind == "plain":
-        hidden = activate(spec.mlp.activation, hidden, inplace=True)
-    else:
-        gate, linear = hidden.chunk(2, dim=-1)
-        hidden = activate(spec.mlp.activation, gate, inplace=True) * linear
-        del gate, linear
-    return w.products("W_out", hidden, w.W_out, w.b_out)
-
-
-def activate(
-    activation: Activation, x: Float[Tensor, "*rows d_mlp"], *, inplace: bool = False
-) -> Float[Tensor, "*rows d_mlp"]:
-    """The MLP's nonlinearity; with ``inplace``, ``x`` may be overwritten."""
-    match activation:
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "gelu_quick":
-            return x * torch.sigmoid(1.702 * x)
-        case "relu":
-            return F.relu(x, inplace=inplace)
-        case "silu":
-            return F.silu(x, inplace=inplace)
 
 
 def final_logits(

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastinterp.model.intervene import Taps
+from fastinterp.model.intervene import NO_TAPS, Taps
 from fastinterp.model.spec import ModelSpec, Norm
 from fastinterp.model.weights import NormWeights
 
@@ -64,6 +64,18 @@ def tapped_norm(
         return normalize(spec.norm, resid, weights)
     scale = taps(f"{name}_scale", layer, norm_scale(spec.norm, resid))
     return apply_affine(taps(f"{name}_normalized", layer, divide(center(spec.norm, resid), scale)), weights)
+
+
+def write_norm(
+    spec: ModelSpec,
+    name: str,
+    layer: int,
+    written: Float[Tensor, "*rows d_model"],
+    weights: NormWeights | None,
+    taps: Taps = NO_TAPS,
+) -> Float[Tensor, "*rows d_model"]:
+    """Returns what a sublayer adds to the residual: its output, through the post-norm where there is one."""
+    return written if weights is None else tapped_norm(spec, name, layer, written, weights, taps)
 
 
 def rms_norm(

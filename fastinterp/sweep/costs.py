@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-from fastinterp.model.forward import HIDDEN
+from fastinterp.model.mlp import HIDDEN
 from fastinterp.model.prefix import POSITIONS_MULTIPLE
 from fastinterp.sweep.entering import NEURONS_AT_ONCE
 from fastinterp.sweep.precision import Precision

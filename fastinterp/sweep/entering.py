@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastinterp.model.attention import Frame, attend, ready
-from fastinterp.model.forward import mix_heads, write_norm
+from fastinterp.model.forward import mix_heads
 from fastinterp.model.intervene import Edit, Taps
-from fastinterp.model.norms import normalize
+from fastinterp.model.norms import normalize, write_norm
 from fastinterp.model.products import Rounded, affine
 from fastinterp.model.spec import ModelSpec
 from fastinterp.model.weights import BlockWeights

@@ -373,6 +373,7 @@ class _Pass:
         while self.clean_layers < self.spec.n_layers:
             layer = self.clean_layers
             self._clean_step(layer, self.weights.blocks[layer], at if layer == self.spec.n_layers - 1 else None)
+            self.resident.check()
         if at is None:
             everywhere: Tensor = tree.spread(self.clean)[0, :, : self.job.tokens.shape[1]]
             return everywhere

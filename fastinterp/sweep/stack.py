@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastinterp.model.attention import SHARED_NORM, SPLIT_INPUTS, Frame
-from fastinterp.model.forward import block, block_at, mlp_residual
+from fastinterp.model.forward import block, block_at
 from fastinterp.model.intervene import Edit, Taps
+from fastinterp.model.mlp import mlp_residual
 from fastinterp.model.model import Model
 from fastinterp.model.products import EXACT, Exact, Products
 from fastinterp.model.weights import BlockWeights
@@ -73,8 +74,17 @@ class Stack:
         self.rows, self.n_pos = rows, n_pos
         # Tokens that go through a block together, and bytes of the scores of prompts' ends, which attention forms.
         self.step_tokens, self.score_bytes = step_tokens, score_bytes
-        self.resid = like.new_empty(len(members), rows.n_rows, like.shape[-1])
+        self._dtype, self._device = like.dtype, like.device
+        self._resid: Tensor | None = None
         self.entered = 0
+
+    @property
+    def resid(self) -> Float[Tensor, "variant row_or_batch d_model"]:
+        """The residuals; not made before the first variant enters, while the clean block takes its memory."""
+        if self._resid is None:
+            shape = len(self.variants), self.rows.n_rows, self.spec.d_model
+            self._resid = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return self._resid
 
     def first_to_enter(self, layer: int) -> int | None:
         """The first layer, from this one on, at which a variant enters."""
@@ -117,7 +127,7 @@ class Stack:
                 out[i] = entrance.enter(edits[i], "post")[0]
         if not self.spec.parallel:
             self._through_mlp(clean, out, new["heads"], edits, rows)
-        self.resid = out
+        self._resid = out
 
     def _through_block(
         self,
@@ -161,7 +171,9 @@ class Stack:
         w = clean.multiplied_at(rows.node)
         for part in self._parts(range(members[0], members[-1] + 1), size):
             resid = out[part.start : part.stop]
-            resid.copy_(mlp_residual(self.spec, w, clean.layer, resid, self._taps(part, edits, rows)))
+            found = mlp_residual(self.spec, w, clean.layer, resid, self._taps(part, edits, rows), reuse=True)
+            if found.data_ptr() != resid.data_ptr():
+                resid.copy_(found)
 
     def _taps(self, part: range, edits: Mapping[int, Sequence[Edit]], rows: Rows) -> Taps:
         return Taps(edits=stack_edits([edits[i] for i in part], rows.row, rows.pos, self.n_pos))
@@ -172,7 +184,7 @@ class Stack:
             # Attention spreads keys and values over all positions, whatever the tree saves elsewhere.
             return max(1, self.step_tokens // max(tree.n_nodes, tree.node.numel() // 2))
         n_keys = int(rows.start.max()) + rows.width
-        scores = rows.n_rows * self.spec.n_heads * n_keys * self.resid.element_size()
+        scores = rows.n_rows * self.spec.n_heads * n_keys * self._dtype.itemsize
         return max(1, min(self.step_tokens // rows.n_rows, self.score_bytes // scores))
 
     @staticmethod

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastinterp.model.forward import mlp_rows
+from fastinterp.model.mlp import mlp_rows
 from fastinterp.model.products import FEW_ROWS, STEADY_ROWS, piece_rows
 from fastinterp.model.spec import ModelSpec
 from fastinterp.names import activation

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastinterp
 from fastinterp.analyses.budget import widths_of
 from fastinterp.errors import OptionError
-from fastinterp.model.forward import mlp_residual
+from fastinterp.model.mlp import mlp_residual
 from fastinterp.prompts import PromptSet
 from fastinterp.sweep import runner
 from fastinterp.sweep.precision import clean_weights
@@ -173,7 +173,7 @@ def difference(found, expected):
 def test_mlps_of_some_rows_at_a_time_stay_under_the_budget(models, monkeypatch, case):
     expected, _ = run(models, case)
     # The package has a function of the module's name.
-    monkeypatch.setattr(sys.modules["fastinterp.model.forward"], "MLP_ROWS", 1)
+    monkeypatch.setattr(sys.modules["fastinterp.model.mlp"], "MLP_ROWS", 1)
     fewest, _ = least(models, case)
     for budget in (None, 2 * fewest):
         found, seen = run(models, case, budget)

@@ -9,12 +9,14 @@ import torch
 
 from fastinterp import load
 from fastinterp.model import Capture, Taps, forward
-from fastinterp.model.forward import mlp as of_layer
+from fastinterp.model.mlp import mlp as of_layer
+from fastinterp.model.products import EXACT, SWIFT
 from tests.kernels.kernel_checks import allocations
 
 N_ROWS = 23
+MODULE = sys.modules["fastinterp.model.mlp"]
 # The package has a function of this name.
-MODULE = sys.modules["fastinterp.model.forward"]
+FORWARD = sys.modules["fastinterp.model.forward"]
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -141,7 +143,7 @@ def test_many_models_at_a_time(zoo):
 def test_what_attention_read_is_freed_before(zoo, name, monkeypatch):
     model = zoo.model(name)
     attended, alive = [], []
-    attend, some = MODULE.attend, MODULE.mlp
+    attend, some = FORWARD.attend, MODULE._mlp_of_some
 
     def watched(spec, layer, q, k, v, frame, taps):
         attended[:] = map(weakref.ref, (q, k, v))
@@ -151,7 +153,63 @@ def test_what_attention_read_is_freed_before(zoo, name, monkeypatch):
         alive.append([made() is not None for made in attended])
         return some(*args)
 
-    monkeypatch.setattr(MODULE, "attend", watched)
-    monkeypatch.setattr(MODULE, "mlp", looked)
+    monkeypatch.setattr(FORWARD, "attend", watched)
+    monkeypatch.setattr(MODULE, "_mlp_of_some", looked)
     forward(model.spec, model.weights, torch.arange(1, 8)[None])
     assert alive == [[False] * 3] * model.spec.n_layers
+
+
+AROUND = ["mlp_in", "ln2_scale", "ln2_normalized", "mlp_raw", "mlp_out"]
+RESIDUALS = ["gpt2", "llama-gqa", "gemma2-softcaps", "gpt-neox", "opt"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RESIDUALS)
+@pytest.mark.parametrize("n_pos", [1, 3, 7, 40])
+@pytest.mark.parametrize("products", [EXACT, SWIFT], ids=["exact", "swift"])
+def test_norms_and_sums_by_rows_are_those_of_all_rows(zoo, name, n_pos, products, monkeypatch):
+    """Whoever reads what is around an MLP has it computed for all rows."""
+    monkeypatch.setattr(MODULE, "MLP_ROWS", 16)
+    model = zoo.model(name, dtype=torch.float64)
+    spec, n_layers = model.spec, model.spec.n_layers
+    weights = dataclasses.replace(model.weights, blocks=tuple(w.multiplied_by(products) for w in model.weights.blocks))
+    tokens = torch.arange(3 * n_pos).view(3, n_pos) % spec.d_vocab
+    for site in AROUND:
+        taps = Taps.of(n_layers, capture=[Capture(name=site)])
+        torch.testing.assert_close(
+            forward(spec, weights, tokens), forward(spec, weights, tokens, taps=taps), rtol=1e-9, atol=1e-9
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_what_is_read_is_not_written_over(zoo, name, monkeypatch):
+    monkeypatch.setattr(MODULE, "MLP_ROWS", 16)
+    model = zoo.model(name, dtype=torch.float64)
+    spec, n_layers = model.spec, model.spec.n_layers
+    weights = dataclasses.replace(model.weights, blocks=tuple(w.multiplied_by(SWIFT) for w in model.weights.blocks))
+    tokens = torch.arange(120).view(3, 40) % spec.d_vocab
+    sites = ["resid_pre", "resid_post", "attn_out"] + ([] if spec.parallel else ["resid_mid"])
+    for site in sites:
+        found, expected = (
+            Taps.of(n_layers, capture=[Capture(name=each) for each in names]) for names in ([site], [site, "mlp_in"])
+        )
+        forward(spec, weights, tokens, taps=found)
+        forward(spec, weights, tokens, taps=expected)
+        for layer in range(n_layers):
+            torch.testing.assert_close(found.values[site, layer], expected.values[site, layer], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_sweep_writes_over_what_nobody_reads(zoo):
+    model = zoo.model("llama-gqa")
+    w = model.weights.blocks[0]
+    resid = torch.randn(1, 300, model.spec.d_model)
+    mine = resid.clone()
+    kept = MODULE.mlp_residual(model.spec, w, 0, mine)
+    torch.testing.assert_close(mine, resid, rtol=0, atol=0)
+    found = MODULE.mlp_residual(model.spec, w.multiplied_by(SWIFT), 0, mine, reuse=True)
+    assert found.data_ptr() == mine.data_ptr()
+    torch.testing.assert_close(found, kept)
+    again = MODULE.mlp_residual(model.spec, w, 0, resid, reuse=True)
+    assert again.data_ptr() != resid.data_ptr()

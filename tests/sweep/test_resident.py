@@ -200,3 +200,12 @@ def test_looking_makes_no_new_path(monkeypatch):
     monkeypatch.setattr(resident, "Path", None)
     again = resident._resident_bytes()
     assert (found is None) == (again is None)
+
+
+def test_the_rest_of_the_clean_run_is_looked_after_too(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants of the first layer leave the layers above it, of the clean run, for the end."""
+    checks: list[None] = []
+    monkeypatch.setattr(resident.Resident, "check", lambda self: checks.append(None))
+    model = zoo.model("gpt2")
+    ablate(model, PROMPTS, units=[(0, 0)])
+    assert len(checks) == 2 * model.spec.n_layers - 1
