@@ -36,6 +36,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # Bindings that count their references complain of what is alive at the very end.
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     shape_checks.begin_test()
 
