@@ -239,7 +239,7 @@ def attend(
         return attend_behind(spec, layer, q, k, v, frame.shared)
     if (tree := frame.tree) is not None:
         spread = dataclasses.replace(frame, tree=None)
-        # One after the other: what was packed is freed.
+        # One after the other: what was packed is freed, where each has memory of its own.
         q = tree.spread(q).flatten(0, 1)
         k = tree.spread(k).flatten(0, 1)
         v = tree.spread(v).flatten(0, 1)

@@ -1,5 +1,7 @@
 """The second half of a block: norm, MLP, sum; on a CPU some rows at a time."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -67,26 +69,15 @@ def _residual_by_rows(
     reuse: bool,
 ) -> Float[Tensor, "*rows d_model"]:
     """The MLP's norms and the sum too for ``mlp_rows`` rows at a time, so that there is one new residual at most."""
-    n_rows = resid.shape[:-1].numel()
-    some = mlp_rows(n_rows)
-    read, written = resid.reshape(n_rows, -1), base.reshape(n_rows, -1)
 
-    def piece(first: int) -> Tensor:
-        mlp_raw = _mlp_of_some(spec, w, normalize(spec.norm, read[first : first + some], w.ln2))
+    def some(read: Tensor, written: Tensor) -> Tensor:
+        mlp_raw = _mlp_of_some(spec, w, normalize(spec.norm, read, w.ln2))
         mlp_out = mlp_raw if w.ln2_post is None else normalize(spec.norm, mlp_raw, w.ln2_post)
-        return written[first : first + some] + mlp_out
+        return written + mlp_out
 
-    one = piece(0)
-    if n_rows <= some:
-        return one.view(base.shape)
-    # The dtype and the number of outputs are known by now only: of autocast and vmap, which no sweep has.
+    # The dtype and the number of outputs are known without autocast and vmap, which no sweep has.
     in_place = reuse and isinstance(w.products, Swift) and base.is_contiguous()
-    out = written if in_place else one.new_empty(n_rows, one.shape[-1])
-    out[:some] = one
-    del one
-    for first in range(some, n_rows, some):
-        out[first : first + some] = piece(first)
-    return out.view(base.shape)
+    return _in_pieces(some, resid, base, into=base if in_place else None)
 
 
 def mlp(
@@ -106,19 +97,33 @@ def mlp(
             post = gate * taps("pre_linear", layer, linear)
             del gate, linear, hidden
         return w.products("W_out", taps("post", layer, post), w.W_out, w.b_out)
-    n_rows = x.shape[:-1].numel()
-    some = mlp_rows(n_rows)
-    if n_rows <= some:
-        return _mlp_of_some(spec, w, x)
-    rows = x.reshape(n_rows, -1)
-    # Not like the rows: autocast decides the dtype, and vmap whether there is one output or many.
-    piece = _mlp_of_some(spec, w, rows[:some])
-    out = piece.new_empty(n_rows, piece.shape[-1])
-    out[:some] = piece
+    return _in_pieces(lambda some: _mlp_of_some(spec, w, some), x)
+
+
+def _in_pieces(
+    some: Callable[..., Float[Tensor, "*piece d_model"]],
+    *operands: Float[Tensor, "*rows d_model"],
+    into: Float[Tensor, "*rows d_model"] | None = None,
+) -> Float[Tensor, "*rows d_model"]:
+    """Calls ``some`` with ``mlp_rows`` rows of the operands at a time; of several pieces, ``into`` if given is made.
+
+    The result is no view: of one that is made without gradients, torch lets nobody add to a part with them.
+    """
+    rows = operands[0].shape[:-1]
+    n_rows = rows.numel()
+    size = mlp_rows(n_rows)
+    if n_rows <= size:
+        return some(*operands)
+    flat = [each.reshape(n_rows, each.shape[-1]) for each in operands]
+    piece = some(*[each[:size] for each in flat])
+    # Made like a piece, not like the rows: autocast decides the dtype, and vmap whether there is one output or many.
+    out = piece.new_empty(*rows, piece.shape[-1]) if into is None else into
+    by_row = out.view(n_rows, out.shape[-1])
+    by_row[:size] = piece
     del piece
-    for first in range(some, n_rows, some):
-        out[first : first + some] = _mlp_of_some(spec, w, rows[first : first + some])
-    return out.view(*x.shape[:-1], -1)
+    for first in range(size, n_rows, size):
+        by_row[first : first + size] = some(*[each[first : first + size] for each in flat])
+    return out
 
 
 def _by_rows(w: BlockWeights, x: Tensor, taps: Taps, layer: int) -> bool:

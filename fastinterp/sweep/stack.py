@@ -82,9 +82,11 @@ class Stack:
     def resid(self) -> Float[Tensor, "variant row_or_batch d_model"]:
         """The residuals; not made before the first variant enters, while the clean block takes its memory."""
         if self._resid is None:
-            shape = len(self.variants), self.rows.n_rows, self.spec.d_model
-            self._resid = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._resid = self._new(self.rows.n_rows)
         return self._resid
+
+    def _new(self, n_rows: int) -> Float[Tensor, "variant row_or_batch d_model"]:
+        return torch.empty(len(self.variants), n_rows, self.spec.d_model, dtype=self._dtype, device=self._device)
 
     def first_to_enter(self, layer: int) -> int | None:
         """The first layer, from this one on, at which a variant enters."""
@@ -105,15 +107,15 @@ class Stack:
             stage: [i for i, v in enumerate(self.variants) if v.first_layer == layer and self.stages[i] == stage]
             for stage in _ORDER
         }
+        if reading is None and not self.entered and not any(new.values()):
+            return
         for i in new["block"]:
             assert clean.resid_pre is not None
             self.resid[i] = self.rows.of_clean(clean.resid_pre)[0]
         through = self.entered + len(new["block"])
         self.entered = through + len(new["heads"]) + len(new["post"])
         edits = {i: sourced(self.variants[i].at_layer(layer), taken) for i in range(self.entered)}
-        out = self.resid
-        if reading is not None:
-            out = self.resid.new_empty(len(self.variants), len(reading), self.resid.shape[-1])
+        out = self.resid if reading is None else self._new(len(reading))
         self._through_block(clean, out, range(through), edits, reading)
         rows = self.rows if reading is None else at_positions(self.rows.tree, self.rows.frame, reading)
         if new["heads"] or new["post"]:

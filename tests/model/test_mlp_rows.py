@@ -9,11 +9,13 @@ import torch
 
 from fastinterp import load
 from fastinterp.model import Capture, Taps, forward
+from fastinterp.model.forward import forward_at
 from fastinterp.model.mlp import mlp as of_layer
 from fastinterp.model.products import EXACT, SWIFT
 from tests.kernels.kernel_checks import allocations
 
 N_ROWS = 23
+RESIDUALS = ["gpt2", "llama-gqa", "gemma2-softcaps", "gpt-neox", "opt"]
 MODULE = sys.modules["fastinterp.model.mlp"]
 # The package has a function of this name.
 FORWARD = sys.modules["fastinterp.model.forward"]
@@ -140,27 +142,58 @@ def test_many_models_at_a_time(zoo):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
-def test_what_attention_read_is_freed_before(zoo, name, monkeypatch):
+@pytest.mark.parametrize("at_last", [False, True])
+def test_what_attention_read_is_freed_before(zoo, name, at_last, monkeypatch):
     model = zoo.model(name)
     attended, alive = [], []
-    attend, some = FORWARD.attend, MODULE._mlp_of_some
+    some = MODULE._mlp_of_some
 
-    def watched(spec, layer, q, k, v, frame, taps):
-        attended[:] = map(weakref.ref, (q, k, v))
-        return attend(spec, layer, q, k, v, frame, taps)
+    def watch(attend):
+        def watched(spec, layer, q, k, v, *args):
+            attended[:] = map(weakref.ref, (q, k, v))
+            return attend(spec, layer, q, k, v, *args)
+
+        return watched
 
     def looked(*args):
         alive.append([made() is not None for made in attended])
         return some(*args)
 
-    monkeypatch.setattr(FORWARD, "attend", watched)
+    for attend in ("attend", "attend_from"):
+        monkeypatch.setattr(FORWARD, attend, watch(getattr(FORWARD, attend)))
     monkeypatch.setattr(MODULE, "_mlp_of_some", looked)
-    forward(model.spec, model.weights, torch.arange(1, 8)[None])
+    tokens = torch.arange(1, 8)[None]
+    if at_last:
+        forward_at(model.spec, model.weights, tokens, torch.tensor([7]), torch.tensor([6]))
+    else:
+        forward(model.spec, model.weights, tokens)
     assert alive == [[False] * 3] * model.spec.n_layers
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_no_rows_at_all(zoo, name):
+    model = zoo.model(name)
+    empty = torch.empty(2, 0, model.spec.d_model)
+    assert mlp(model, empty).shape == empty.shape
+    assert MODULE.mlp_residual(model.spec, model.weights.blocks[0], 0, empty).shape == empty.shape
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+@pytest.mark.parametrize("n_pos", [3, 40])
+def test_what_is_captured_without_gradients_can_be_added_to_with_them(zoo, name, n_pos, monkeypatch):
+    monkeypatch.setattr(MODULE, "MLP_ROWS", 16)
+    model = zoo.model(name)
+    with torch.no_grad():
+        steered = model.run(torch.arange(1, 1 + n_pos)[None], capture=["resid_post"])["resid_post", 0]
+    vector = torch.ones(model.spec.d_model, requires_grad=True)
+    steered[:, -1] += vector
+    steered.sum().backward()
+    assert vector.grad.sum() == model.spec.d_model
+
+
 AROUND = ["mlp_in", "ln2_scale", "ln2_normalized", "mlp_raw", "mlp_out"]
-RESIDUALS = ["gpt2", "llama-gqa", "gemma2-softcaps", "gpt-neox", "opt"]
+BEHIND = ["ln2_post_scale", "ln2_post_normalized"]
 
 
 @torch.no_grad()
@@ -174,11 +207,12 @@ def test_norms_and_sums_by_rows_are_those_of_all_rows(zoo, name, n_pos, products
     spec, n_layers = model.spec, model.spec.n_layers
     weights = dataclasses.replace(model.weights, blocks=tuple(w.multiplied_by(products) for w in model.weights.blocks))
     tokens = torch.arange(3 * n_pos).view(3, n_pos) % spec.d_vocab
-    for site in AROUND:
+    for site in AROUND + (BEHIND if spec.post_norms else []):
         taps = Taps.of(n_layers, capture=[Capture(name=site)])
         torch.testing.assert_close(
             forward(spec, weights, tokens), forward(spec, weights, tokens, taps=taps), rtol=1e-9, atol=1e-9
         )
+        assert len(taps.values) == n_layers, site
 
 
 @torch.no_grad()

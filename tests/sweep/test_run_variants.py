@@ -362,3 +362,20 @@ def test_variants_that_begin_at_the_same_positions_share_them(zoo, tokens, n_tok
     assert planned[0].start is not None
     assert planned[0].start is planned[1].start
     assert list(starts) == [planned[0].start]
+
+
+@torch.no_grad()
+def test_residuals_are_not_made_before_the_first_variant_enters(zoo, padded, token_prompts, monkeypatch):
+    model = zoo.model("gpt2")
+    last = model.spec.n_layers - 1
+    made = {}
+    step = runner._Pass._clean_step
+
+    def looked(self, layer, *args):
+        found = step(self, layer, *args)
+        made[layer] = [stack._resid is not None for stack in self.stacks]
+        return found
+
+    monkeypatch.setattr(runner._Pass, "_clean_step", looked)
+    swept(model, padded(token_prompts), [Variant(edits=(Edit(site="z", layer=last, head=0),))])
+    assert made == {layer: [False] for layer in range(model.spec.n_layers)}
