@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -139,6 +140,28 @@ def fitted_tilings(module: Any, name: str = "default_tiling", **sizes: int) -> I
         )
 
     with mock.patch.object(module, name, fitted) if INTERPRETED else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def columns_summed_alike() -> Iterator[None]:
+    """Interpreted, equal columns of a product have equal bits wherever they stand, as they have on a GPU.
+
+    The interpreter multiplies by NumPy, whose library may add up terms in an order that depends on the column.
+    Summed in float64 and rounded, the order does not show.
+    """
+    from fastinterp_kernels.triton_common import INTERPRETED
+
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        wide = numpy.matmul(a.data.astype(numpy.float64), b.data.astype(numpy.float64))
+        return TensorHandle(wide.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
         yield
 
 
