@@ -105,9 +105,9 @@ def _in_pieces(
     *operands: Float[Tensor, "*rows d_model"],
     into: Float[Tensor, "*rows d_model"] | None = None,
 ) -> Float[Tensor, "*rows d_model"]:
-    """Calls ``some`` with ``mlp_rows`` rows of the operands at a time; of several pieces, ``into`` if given is made.
+    """Calls ``some`` with ``mlp_rows`` rows of the operands at a time; several pieces go to ``into``, if given.
 
-    The result is no view: of one that is made without gradients, torch lets nobody add to a part with them.
+    What is put together is no view: torch lets nobody add to part of a view with gradients that was made without them.
     """
     rows = operands[0].shape[:-1]
     n_rows = rows.numel()
